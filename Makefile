@@ -1,0 +1,88 @@
+# "make help" lists what there is.
+SHELL = /bin/sh
+VENV = .venv
+BUILD = docs/_build
+PORT = 8000
+PATTERN =
+PIP = $(VENV)/bin/python -m pip
+# The first of these that is new enough. Searched for only when .venv is made.
+PYTHON = $(shell for python in python3 python3.13 python3.12 python3.11; do \
+  $$python -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null \
+  && echo $$python && break; done)
+
+SPHINX = $(VENV)/bin/python -m sphinx -c . -d $(BUILD)/doctrees
+GENERATED = docs/auto_examples $(BUILD)/doctrees $(BUILD)/staging $(BUILD)/backreferences
+# Copies of tutorials that were renamed or removed: their pages must go, too.
+scripts = $(patsubst $(1)/%,%,$(wildcard $(1)/*.py $(1)/*/*.py))
+GONE = $(filter-out $(call scripts,examples),$(call scripts,docs/auto_examples))
+
+.PHONY: html test lint serve linkcheck clean help
+
+html: $(BUILD)/fresh
+	@$(if $(GONE),rm -rf $(GENERATED))
+	@# Only a complete site replaces the last one. After a failure all pages are read
+	@# again, since Sphinx repeats a warning only if it reads the page again.
+	@$(SPHINX) -W docs $(BUILD)/staging \
+	  $(if $(PATTERN),-D "sphinx_gallery_conf.filename_pattern=$(PATTERN)") \
+	|| { rm -rf $(BUILD)/doctrees; \
+	  echo "make html: failed. $(BUILD)/html is as it was before." >&2; exit 1; }
+	@diff -rqx ".buildinfo*" $(BUILD)/staging $(BUILD)/html >/dev/null 2>&1 || { \
+	  rm -rf $(BUILD)/next && cp -R $(BUILD)/staging $(BUILD)/next \
+	  && rm -rf $(BUILD)/next/.buildinfo* $(BUILD)/html && mv $(BUILD)/next $(BUILD)/html; }
+	@echo "Open $(BUILD)/html/index.html, or run: make serve"
+
+test: html lint
+	@$(VENV)/bin/python tests/browser.py
+	@$(VENV)/bin/python -m pytest -c tests/pytest.ini tests
+
+lint: $(VENV)/tests-installed
+	@$(VENV)/bin/ruff check --config tests/ruff.toml .
+	@$(VENV)/bin/ruff format --config tests/ruff.toml --check .
+	@$(VENV)/bin/codespell --skip "*/_build,*/auto_examples,.venv,.git,*-LICENSE.txt"
+	@$(VENV)/bin/sphinx-lint --enable all --max-line-length 88 docs/*.rst examples README.md
+	@$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*
+	@$(VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	@$(VENV)/bin/zizmor --offline --pedantic --no-progress .github
+
+serve: html
+	@$(VENV)/bin/python -m http.server $(PORT) --bind localhost --directory $(BUILD)/html
+
+linkcheck: $(BUILD)/fresh
+	@$(SPHINX) -b linkcheck docs $(BUILD)/linkcheck
+
+clean:
+	rm -rf docs/auto_examples $(BUILD)
+
+help:
+	@echo "make html       build the site into $(BUILD)/html"
+	@echo "make html PATTERN=batched_jac"
+	@echo "                the same, but run only tutorials whose path matches"
+	@echo "make test       build the site and run every check"
+	@echo "make lint       run the checks that need no site"
+	@echo "make serve      build the site and show it on http://localhost:$(PORT), or PORT=..."
+	@echo "make linkcheck  ask the sites that pages link to whether the links work"
+	@echo "make clean      remove everything that was built, but keep $(VENV)"
+	@echo "PYTHON=...      the Python for $(VENV), at least 3.11"
+	@echo "PIP=...         the installer, for example PIP=\"uv pip\""
+
+# A newer configuration or another environment runs every tutorial again, because
+# Sphinx-Gallery looks at nothing but the script.
+$(BUILD)/fresh: $(VENV)/installed conf.py $(wildcard docs/_ext/*.py)
+	@rm -rf $(GENERATED) && mkdir -p $(BUILD) && touch $@
+
+stop = { echo "make: $(1)" >&2; exit 1; }
+install = $(PIP) install -r $(1) || $(call stop,could not install $(1). Is there a network?)
+
+$(VENV)/installed: requirements.txt
+	@[ -n "$(PYTHON)" ] || $(call stop,needs Python 3.11 or newer. Name one with PYTHON=...)
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+	|| $(call stop,$(PYTHON) is not Python 3.11 or newer.)
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null \
+	|| $(call stop,$(PYTHON) lacks the module venv. On Debian: apt install python3-venv)
+	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv --clear $(VENV)
+	@$(call install,requirements.txt)
+	@touch $@
+
+$(VENV)/tests-installed: tests/requirements.txt $(VENV)/installed
+	@$(call install,tests/requirements.txt)
+	@touch $@

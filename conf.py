@@ -1,0 +1,78 @@
+"""Configuration of the site. ``make html`` builds it into docs/_build/html."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "docs" / "_ext"))
+
+project = "Batched Jacobians"
+author = "the Batched Jacobians authors"
+copyright = f"2026, {author}"  # noqa: A001, Sphinx prescribes the name
+language = "en"
+extensions = [
+    "mathml",
+    "pages",
+    "sphinx.ext.intersphinx",
+    "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
+]
+exclude_patterns = ["_build", "auto_examples/index.rst"]  # index.rst includes it
+nitpicky = True  # a broken reference is a warning, and so an error
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",  # relative to docs/, as are the next two
+    "gallery_dirs": "auto_examples",
+    "backreferences_dir": "_build/backreferences",
+    "filename_pattern": r"\.py$",  # the default runs files named plot_* only
+    "within_subsection_order": "FileNameSortKey",
+    "nested_sections": False,  # the theme's menu needs one toctree for all rooms
+    # A Python warning in a tutorial fails the build.
+    "reset_modules": ("matplotlib", "pages.warnings_are_errors"),
+    "first_notebook_cell": "%pip install -q backpack-for-pytorch matplotlib",
+    "image_srcset": ["2x"],
+    "remove_config_comments": True,
+    "show_signature": False,
+    # Timings and archives would differ in each build.
+    "download_all_examples": False,
+    "min_reported_time": float("inf"),
+    "write_computation_times": False,
+}
+# Local inventories of the names that the tutorials use: no request at build time.
+intersphinx_mapping = {
+    "torch": ("https://docs.pytorch.org/docs/stable/", "_ext/torch.inv"),
+    "backpack": ("https://docs.backpack.pt/en/master/", "_ext/backpack.inv"),
+}
+copybutton_selector = ":not(.sphx-glr-script-out) > div.highlight > pre"
+
+html_theme = "sphinx_rtd_theme"
+html_title = project
+html_static_path = ["docs/_static"]  # relative to this file, as are the next two
+templates_path = ["docs/_templates"]
+html_favicon = "docs/_static/favicon.svg"
+html_css_files = ["custom.css"]
+html_js_files = ["menu.js"]
+html_math_renderer = "mathml"
+html_additional_pages = {"404": "404.html"}
+html_use_index = False
+html_copy_source = False
+html_show_sphinx = False  # its text stands outside every landmark
+
+
+def repository():
+    """Return ``owner/name`` on GitHub, from the workflow or the clone, or nothing."""
+    command = ["git", "-C", ROOT, "remote", "get-url", "origin"]
+    remote = subprocess.run(command, capture_output=True, text=True).stdout
+    found = re.search(r"github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?$", remote.strip())
+    return os.environ.get("GITHUB_REPOSITORY") or (found[1] if found else "")
+
+
+# Set by the workflow that publishes: the site's address and the notebooks' branch.
+html_baseurl = os.environ.get("SITE_URL", "")
+html_context = {
+    "repository": repository(),
+    "notebook_branch": os.environ.get("NOTEBOOK_BRANCH", ""),
+}

@@ -1,0 +1,84 @@
+"""What the theme and Sphinx-Gallery leave out of a page."""
+
+import platform
+import warnings
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+
+from docutils import nodes
+from pygments.formatters import HtmlFormatter
+
+GALLERY = "auto_examples/"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+VERSIONS = {
+    "Python": platform.python_version(),
+    "PyTorch": version("torch").partition("+")[0],
+    "BackPACK": version("backpack-for-pytorch"),
+    "matplotlib": version("matplotlib"),
+    "Sphinx-Gallery": version("sphinx-gallery"),
+}
+
+
+def warnings_are_errors(gallery_conf, fname):
+    """Make a Python warning stop the tutorial (Sphinx-Gallery calls it before each)."""
+    warnings.simplefilter("error")
+
+
+def source(pagename):
+    """Return the file, relative to the repository, that an author edits for a page."""
+    if pagename.startswith(GALLERY):
+        return f"examples/{pagename.removeprefix(GALLERY)}.py"
+    return f"docs/{pagename}.rst"
+
+
+def complete(app, pagename, templatename, context, doctree):
+    """Add the description, links to GitHub and Colab, versions and keyboard access."""
+    context["versions"] = ", ".join(" ".join(item) for item in VERSIONS.items())
+    if pagename == "404":  # served under any path, so its links start from the site's
+        context["metatags"] = f'<base href="{app.config.html_baseurl or "/"}">'
+    if doctree is None:
+        return
+
+    # The first paragraph below the title; the one above it is Sphinx-Gallery's note.
+    text = next(next(doctree.findall(nodes.section)).findall(nodes.paragraph)).astext()
+    description = escape(" ".join(text.split()))
+    context["metatags"] += f'<meta name="description" content="{description}">'
+
+    repository, branch = context["repository"], context["notebook_branch"]
+    if repository:
+        edit = f"https://github.com/{repository}/edit/main/{source(pagename)}"
+        context["meta"] = {**(context["meta"] or {}), "github_url": edit}
+        if branch and pagename.startswith(GALLERY):
+            notebook = f"{branch}/{pagename.removeprefix(GALLERY)}.ipynb"
+            context["colab_url"] = (
+                f"https://colab.research.google.com/github/{repository}/blob/{notebook}"
+            )
+
+    # Whatever scrolls sideways must take the keyboard's focus.
+    context["body"] = context["body"].replace("<pre>", '<pre tabindex="0">')
+
+
+def write_dark_code_colors(app):
+    """Write them before the pages, which name the checksum of each style sheet."""
+    if app.builder.format == "html":
+        static = Path(app.outdir, "_static")
+        static.mkdir(parents=True, exist_ok=True)
+        styles = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
+        (static / "pygments_dark.css").write_text(styles)
+
+
+def forget_failures(app, exception):
+    """Let a tutorial that failed run again, even if it is put back as it was before."""
+    for script in app.config.sphinx_gallery_conf.get("failing_examples", ()):
+        copy = Path(app.srcdir, GALLERY, Path(script).relative_to(EXAMPLES))
+        Path(f"{copy}.md5").unlink(missing_ok=True)
+
+
+def setup(app):
+    app.connect("builder-inited", write_dark_code_colors)
+    app.connect("html-page-context", complete)
+    app.connect("build-finished", forget_failures, priority=1)
+    dark = "(prefers-color-scheme: dark)"
+    app.add_css_file("pygments_dark.css", media=dark, priority=900)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
