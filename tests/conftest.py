@@ -1,0 +1,100 @@
+"""What all tests look at: the tutorials, the built site, and a browser."""
+
+import contextlib
+import http.server
+import os
+import runpy
+import threading
+from pathlib import Path
+
+import browser
+import pytest
+from playwright.sync_api import sync_playwright
+
+os.environ["MPLBACKEND"] = "Agg"
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+SITE = ROOT / "docs" / "_build" / "html"
+TUTORIALS = sorted(
+    script.relative_to(EXAMPLES).with_suffix("").as_posix()
+    for script in EXAMPLES.rglob("*.py")
+)
+PAGES = sorted(
+    page.relative_to(SITE).as_posix()
+    for page in SITE.rglob("*.html")
+    if not page.is_relative_to(SITE / "_static")
+)
+
+
+def measures(tutorial):
+    """Return whether a tutorial prints timings, which differ from run to run."""
+    return "torch.utils.benchmark" in (EXAMPLES / f"{tutorial}.py").read_text()
+
+
+@contextlib.contextmanager
+def serve(site, prefix=""):
+    """Serve a site as GitHub Pages does, below a path and with its 404 page."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def translate_path(self, path):
+            if path.startswith(prefix + "/"):
+                return super().translate_path(path.removeprefix(prefix))
+            return str(site / "missing")
+
+        def send_error(self, code, message=None, explain=None):
+            body = (site / "404.html").read_bytes()
+            self.send_response(code)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    def handler(*args):
+        return Handler(*args, directory=site)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}{prefix}/"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    executable = browser.find()
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=executable)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def site():
+    with serve(SITE) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def taught():
+    """Return a function that runs a tutorial once and returns its names."""
+    ran = {}
+
+    def run(tutorial):
+        if tutorial not in ran:
+            ran[tutorial] = runpy.run_path(str(EXAMPLES / f"{tutorial}.py"))
+        return ran[tutorial]
+
+    return run
+
+
+def pytest_sessionfinish(session):
+    """Fail if anything was skipped."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,121 @@
+"""The functions of ``batched_jacobians.py``, on models that its page does not show."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, jacrev, vmap
+
+METHODS = ("autograd_jacobian", "batchgrad_jacobian", "sqrt_ggn_jacobian")
+
+
+def cnn():
+    layers = nn.Conv2d(2, 3, 3, stride=2), nn.Sigmoid(), nn.Flatten(), nn.Linear(12, 4)
+    return nn.Sequential(*layers), torch.rand(5, 2, 6, 5)
+
+
+def deep():
+    layers = nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 8, bias=False), nn.ELU()
+    return nn.Sequential(*layers, nn.Linear(8, 2)), torch.rand(7, 6)
+
+
+def frozen():
+    model, X = deep()
+    model[0].weight.requires_grad_(False)
+    return model, X
+
+
+def one_sample():
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.rand(1, 4)
+
+
+def one_output():
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1)), torch.rand(5, 4)
+
+
+MODELS = cnn, deep, frozen, one_sample, one_output
+
+
+@pytest.fixture(params=METHODS)
+def method(request, taught):
+    return taught("batched_jacobians")[request.param]
+
+
+@pytest.fixture(autouse=True)
+def reproducible():
+    before = torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def reference(model, X):
+    params = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def f(params, x):
+        return functional_call(model, params, (x[None],))[0]
+
+    return vmap(jacrev(f), (None, 0))(params, X)
+
+
+def state(model):
+    """Return all that a method could leave behind on a model."""
+    parts = [*model.modules(), *model.parameters()]
+    hooks = [len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()]
+    grads = [p.grad for p in model.parameters()]
+    return [sorted(vars(part)) for part in parts], hooks, grads, model.training
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_equals_torch_func_and_leaves_the_model(make, method):
+    model, X = make()
+    before, values = state(model), copy.deepcopy(model.state_dict())
+    torch.testing.assert_close(method(model, X), reference(model, X))
+    assert state(model) == before
+    torch.testing.assert_close(model.state_dict(), values, rtol=0, atol=0)
+    assert not X.requires_grad
+
+
+def test_single_precision_stays_single(method):
+    model, X = deep()
+    model, X = model.float(), X.float()
+    torch.testing.assert_close(method(model, X), reference(model, X))
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 2), (6,)])
+def test_other_outputs_raise_and_leave_the_model(shape, method):
+    model = nn.Sequential(nn.Linear(4, 10), nn.Unflatten(1, (5, 2)))
+    if len(shape) == 1:
+        model = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
+    before = state(model)
+    message = r"model\(X\) has shape \[" + ", ".join(map(str, shape))
+    with pytest.raises(ValueError, match=message):
+        method(model, torch.rand(6, 4))
+    assert state(model) == before
+
+
+def test_unsupported_layer_raises_and_leaves_the_model(taught):
+    model = nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 2))
+    before = state(model)
+    with pytest.raises(NotImplementedError, match="GELU"):
+        taught("batched_jacobians")["sqrt_ggn_jacobian"](model, torch.rand(5, 4))
+    assert state(model) == before
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda J: {name: J[name] for name in list(J)[:-1]},
+        lambda J: {name: j[:-1] for name, j in J.items()},
+        lambda J: {name: j.transpose(0, 1) for name, j in J.items()},
+        lambda J: {name: j * 2**0.5 for name, j in J.items()},
+        lambda J: {name: j.float() for name, j in J.items()},
+    ],
+    ids=["a name missing", "a sample missing", "transposed", "scaled", "rounded"],
+)
+def test_comparison_can_fail(spoil, taught):
+    names = taught("batched_jacobians")
+    with pytest.raises(AssertionError):
+        names["compare"]("spoiled", spoil(names["jacobian"]))

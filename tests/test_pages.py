@@ -1,0 +1,82 @@
+"""Every page as a file: what a crawler, a link checker or a suspicious reader sees."""
+
+import re
+from urllib.parse import unquote, urljoin, urlsplit
+
+import pytest
+from bs4 import BeautifulSoup
+from conftest import EXAMPLES, PAGES, ROOT, SITE, TUTORIALS
+from test_tutorials import UNSTABLE
+
+pages = pytest.mark.parametrize("page", PAGES)
+
+
+def parse(page):
+    return BeautifulSoup((SITE / page).read_text(), "html.parser")
+
+
+def test_there_is_a_page_for_each_tutorial_and_no_other():
+    expected = {f"auto_examples/{tutorial}.html" for tutorial in TUTORIALS}
+    written = {f"{source.stem}.html" for source in (ROOT / "docs").glob("*.rst")}
+    assert set(PAGES) == expected | written | {"404.html", "search.html"}
+
+
+@pages
+def test_page_is_free_of_addresses_paths_and_warnings(page):
+    text = (SITE / page).read_text()
+    assert not UNSTABLE.search(text)
+    assert str(ROOT) not in text
+    assert "/tmp/" not in text
+
+
+@pages
+def test_page_introduces_itself(page):
+    html = parse(page)
+    assert html.title.text.strip()
+    assert html.find("link", rel="shortcut icon")["href"].endswith("favicon.svg")
+    assert re.search(r"PyTorch \d+\.\d+.*BackPACK \d+\.\d+", html.footer.text)
+    if page not in ("404.html", "search.html"):
+        assert len(html.find("meta", attrs={"name": "description"})["content"]) > 50
+
+
+def test_titles_and_descriptions_are_unique():
+    titles = [parse(page).title.text for page in PAGES]
+    assert len(set(titles)) == len(titles)
+
+
+@pages
+def test_internal_links_and_anchors_resolve(page):
+    html = parse(page)
+    base = html.find("base")
+    start = base["href"] if base else page
+    links = [tag[key] for key in ("href", "src") for tag in html.select(f"[{key}]")]
+    for link in links:
+        if urlsplit(link).scheme or link == "#":
+            continue
+        parts = urlsplit(urljoin(start, link))
+        path = unquote(parts.path).lstrip("/") or "index.html"
+        assert (SITE / path).is_file(), link
+        if parts.fragment and path.endswith(".html"):
+            assert parse(path).find(id=unquote(parts.fragment)), link
+
+
+@pages
+def test_images_have_a_text(page):
+    for image in parse(page).select("[itemprop=articleBody] img"):
+        # A card's picture says nothing that the card's title does not.
+        in_card = image.find_parent(class_="sphx-glr-thumbcontainer")
+        assert bool(image["alt"]) or in_card
+
+
+@pytest.mark.parametrize("tutorial", TUTORIALS)
+def test_downloads_are_the_source(tutorial):
+    page = f"auto_examples/{tutorial}.html"
+    links = parse(page).select(".sphx-glr-download a[download]")
+    files = {
+        link["href"].rpartition(".")[2]: urljoin(page, link["href"]) for link in links
+    }
+    assert (SITE / files["py"]).read_bytes() == (
+        EXAMPLES / f"{tutorial}.py"
+    ).read_bytes()
+    generated = ROOT / "docs" / "auto_examples" / f"{tutorial}.ipynb"
+    assert (SITE / files["ipynb"]).read_bytes() == generated.read_bytes()

@@ -1,0 +1,124 @@
+"""Each tutorial as readers run it: a downloaded script, and a notebook."""
+
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+from conftest import EXAMPLES, ROOT, SITE, TUTORIALS, measures
+from nbclient import NotebookClient
+
+RAW_REST = re.compile(r":[a-z]+:`|^\.\. |`_+(?!\w)|\)_|^:\w+:", re.MULTILINE)
+UNSTABLE = re.compile(r"0x[0-9a-f]{6}|site-packages|\.py:\d+: \w*Warning")
+
+tutorials = pytest.mark.parametrize("tutorial", TUTORIALS)
+
+
+def notebook(tutorial):
+    return nbformat.read(ROOT / "docs" / "auto_examples" / f"{tutorial}.ipynb", 4)
+
+
+def page(tutorial):
+    html = (SITE / "auto_examples" / f"{tutorial}.html").read_text()
+    return BeautifulSoup(html, "html.parser")
+
+
+def lines(texts):
+    """Return the lines that are not empty, without the space at their ends."""
+    return [
+        line.rstrip() for text in texts for line in text.splitlines() if line.strip()
+    ]
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """Return a function that runs a script alone and returns what it prints."""
+    seen = {}
+
+    def run(tutorial):
+        if tutorial not in seen:
+            folder = tmp_path_factory.mktemp("alone")
+            script = folder / "script.py"
+            script.write_bytes((EXAMPLES / f"{tutorial}.py").read_bytes())
+            command = [sys.executable, "-I", "-W", "error", script.name]
+            result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            assert result.stderr == ""
+            assert list(folder.iterdir()) == [script], "it leaves files behind"
+            seen[tutorial] = result.stdout
+        return seen[tutorial]
+
+    return run
+
+
+@tutorials
+def test_script_runs_alone_without_a_warning(tutorial, printed):
+    text = printed(tutorial)
+    assert text
+    assert not UNSTABLE.search(text)
+    assert str(ROOT) not in text
+
+
+@tutorials
+def test_tutorial_checks_what_it_claims(tutorial):
+    assert "assert_close" in (EXAMPLES / f"{tutorial}.py").read_text()
+
+
+@tutorials
+def test_notebook_runs_and_prints_the_same(tutorial, printed, tmp_path):
+    book = notebook(tutorial)
+    client = NotebookClient(
+        book, timeout=300, resources={"metadata": {"path": tmp_path}}
+    )
+    client.execute()
+    install, *cells = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert install.source.startswith("%pip install")
+    streams = [output for cell in cells for output in cell.outputs if "text" in output]
+    assert {stream.name for stream in streams} <= {"stdout"}
+    if not measures(tutorial):
+        assert lines(stream.text for stream in streams) == lines([printed(tutorial)])
+
+
+@tutorials
+def test_notebook_has_no_raw_rest(tutorial):
+    for cell in notebook(tutorial).cells:
+        if cell.cell_type == "markdown":
+            assert not RAW_REST.search(cell.source), cell.source
+
+
+@tutorials
+def test_page_prints_the_same(tutorial, printed):
+    blocks = page(tutorial).select(".sphx-glr-script-out pre")
+    assert blocks
+    if not measures(tutorial):
+        assert lines(block.text for block in blocks) == lines([printed(tutorial)])
+
+
+@tutorials
+def test_page_and_notebook_hold_the_code_of_the_script(tutorial):
+    blocks = page(tutorial).select(".highlight-Python pre")
+    code = lines(block.text for block in blocks)
+    cells = notebook(tutorial).cells[1:]
+    assert code == lines(cell.source for cell in cells if cell.cell_type == "code")
+    script = lines([(EXAMPLES / f"{tutorial}.py").read_text()])
+    assert set(code) <= set(script)
+
+
+@tutorials
+def test_each_figure_has_a_title(tutorial):
+    for image in page(tutorial).select(
+        "img.sphx-glr-single-img, img.sphx-glr-multi-img"
+    ):
+        assert tutorial.rpartition("/")[2].replace("_", " ") != image["alt"].lower()
+
+
+@tutorials
+def test_code_links_to_the_libraries(tutorial):
+    links = {link["href"] for link in page(tutorial).select("pre a[href]")}
+    libraries = {"torch": "https://docs.pytorch.org/docs/"}
+    if "from backpack" in (EXAMPLES / f"{tutorial}.py").read_text():
+        libraries["backpack"] = "https://docs.backpack.pt/"
+    for library, start in libraries.items():
+        assert any(link.startswith(start) for link in links), library
