@@ -67,7 +67,7 @@ help:
 
 # A newer configuration or another environment runs every tutorial again, because
 # Sphinx-Gallery looks at nothing but the script.
-$(BUILD)/fresh: $(VENV)/installed conf.py $(wildcard docs/_ext/*.py)
+$(BUILD)/fresh: $(VENV)/installed conf.py $(wildcard docs/_ext/*.*)
 	@rm -rf $(GENERATED) && mkdir -p $(BUILD) && touch $@
 
 stop = { echo "make: $(1)" >&2; exit 1; }

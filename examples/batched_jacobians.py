@@ -85,7 +85,7 @@ P = rows.shape[1]
 limit = jacobian["0.weight"].abs().max().item()
 colors = plt.get_cmap("PuOr").with_extremes(bad="0.75")
 
-fig, ax = plt.subplots(figsize=(9, 6.5), layout="constrained")
+fig, ax = plt.subplots(figsize=(6, 6.5), layout="constrained")
 nonzero = rows.where(rows != 0, torch.nan).numpy()
 image = ax.imshow(nonzero, cmap=colors, vmin=-limit, vmax=limit, aspect="auto")
 end = 0
@@ -97,8 +97,9 @@ for n in range(N):
     ax.axhline(n * C - 0.5, color="black", linewidth=0.5)
 ax.set_yticks([n * C + (C - 1) / 2 for n in range(N)], [f"n = {n}" for n in range(N)])
 ax.set(xlabel=f"P = {P} parameters", ylabel=f"N = {N} samples of C = {C} outputs")
-ax.set_title(f"Jacobian: {N * C} rows, {P} columns, gray where exactly zero", pad=40)
-fig.colorbar(image, label="derivative of the output by the parameter", extend="both")
+ax.set_title(f"Jacobian: {N * C} rows, {P} columns, gray where exactly zero", pad=36)
+label = "derivative of the output by the parameter"
+fig.colorbar(image, label=label, extend="both", location="bottom", aspect=40)
 plt.show()
 
 # %%

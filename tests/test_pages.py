@@ -1,5 +1,6 @@
 """Every page as a file: what a crawler, a link checker or a suspicious reader sees."""
 
+import importlib
 import re
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -80,3 +81,20 @@ def test_downloads_are_the_source(tutorial):
     ).read_bytes()
     generated = ROOT / "docs" / "auto_examples" / f"{tutorial}.ipynb"
     assert (SITE / files["ipynb"]).read_bytes() == generated.read_bytes()
+
+
+INVENTORIES = sorted((ROOT / "docs" / "_ext").glob("*.inv"))
+
+
+@pytest.mark.parametrize("inventory", INVENTORIES, ids=lambda path: path.stem)
+def test_inventory_names_what_exists_and_is_used(inventory):
+    pages = "".join((SITE / page).read_text() for page in PAGES)
+    for line in inventory.read_text().splitlines()[3:]:
+        name, _, location = line.split()
+        module, *attributes = name.split(".")
+        thing = importlib.import_module(module)
+        for attribute in attributes:
+            if not hasattr(thing, attribute):
+                importlib.import_module(f"{thing.__name__}.{attribute}")
+            thing = getattr(thing, attribute)
+        assert f"{location}#{name}" in pages
