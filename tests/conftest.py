@@ -5,6 +5,7 @@ import http.server
 import os
 import runpy
 import threading
+import time
 from pathlib import Path
 
 import browser
@@ -41,6 +42,12 @@ def serve(site, prefix=""):
             if path.startswith(prefix + "/"):
                 return super().translate_path(path.removeprefix(prefix))
             return str(site / "missing")
+
+        def do_GET(self):
+            # Late pictures and fonts, as on a slow network, make a page jump if they can.
+            if Path(self.path).suffix in (".png", ".svg", ".woff2"):
+                time.sleep(0.2)
+            super().do_GET()
 
         def send_error(self, code, message=None, explain=None):
             body = (site / "404.html").read_bytes()
