@@ -231,7 +231,6 @@ for title, middle in cases.items():
 # - ``SqrtGGNExact`` needs the same and a rule for every other layer. Take it if it has
 #   them and the whole Jacobian fits into memory.
 #
-# Next: `the layers that BackPACK supports
-# <https://docs.backpack.pt/en/master/supported-layers.html>`_. Without BackPACK:
-# `PyTorch's tutorial on Jacobians
-# <https://docs.pytorch.org/tutorials/intermediate/jacobians_hessians.html>`_.
+# Next: ``compute/torch_func_jacobians.py`` computes the Jacobian without BackPACK. The
+# alternative: `the layers that BackPACK supports
+# <https://docs.backpack.pt/en/master/supported-layers.html>`_.

@@ -44,7 +44,7 @@ def serve(site, prefix=""):
             return str(site / "missing")
 
         def do_GET(self):
-            # Late pictures and fonts, as on a slow network, make a page jump if they can.
+            # Pictures and fonts come late, as on a slow network: a page must not jump.
             if Path(self.path).suffix in (".png", ".svg", ".woff2"):
                 time.sleep(0.2)
             super().do_GET()

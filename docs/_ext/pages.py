@@ -1,6 +1,7 @@
 """What the theme and Sphinx-Gallery leave out of a page."""
 
 import platform
+import re
 import warnings
 from html import escape
 from importlib.metadata import version
@@ -8,7 +9,9 @@ from pathlib import Path
 
 from docutils import nodes
 from pygments.formatters import HtmlFormatter
+from sphinx.util import logging
 
+logger = logging.getLogger(__name__)
 GALLERY = "auto_examples/"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 VERSIONS = {
@@ -30,6 +33,20 @@ def source(pagename):
     if pagename.startswith(GALLERY):
         return f"examples/{pagename.removeprefix(GALLERY)}.py"
     return f"docs/{pagename}.rst"
+
+
+def link_tutorials(app, doctree, docname):
+    """Turn the file name of a tutorial into a link: a script shows only the name."""
+    for literal in list(doctree.findall(nodes.literal)):
+        if name := re.fullmatch(r"([\w/]+)\.py", literal.astext()):
+            target = GALLERY + name[1]
+            if target not in app.env.all_docs:
+                logger.warning("there is no tutorial %s", name[0], location=literal)
+                continue
+            uri = app.builder.get_relative_uri(docname, target)
+            link = nodes.reference("", "", internal=True, refuri=uri)
+            link += literal.deepcopy()
+            literal.replace_self(link)
 
 
 def complete(app, pagename, templatename, context, doctree):
@@ -76,6 +93,7 @@ def forget_failures(app, exception):
 
 
 def setup(app):
+    app.connect("doctree-resolved", link_tutorials)
     app.connect("builder-inited", write_dark_code_colors)
     app.connect("html-page-context", complete)
     app.connect("build-finished", forget_failures, priority=1)
