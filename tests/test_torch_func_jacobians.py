@@ -1,4 +1,4 @@
-"""``jacobians`` of ``torch_func_jacobians.py``, on models that its page does not show."""
+"""``jacobians`` of ``torch_func_jacobians.py``, on models that its page lacks."""
 
 import copy
 
