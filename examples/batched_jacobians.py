@@ -125,13 +125,14 @@ print(f"{(rows == 0).double().mean():.0%} of the entries are zero, as predicted.
 # ``[N, *p.shape]``. A pass for the sum over samples of ``fs[:, c]`` gives ``J[:, c]``,
 # so the Jacobian takes ``C`` passes. Four details matter:
 #
-# - Every pass but the last needs ``retain_graph=True`` twice: autograd keeps its graph,
-#   BackPACK keeps the layer inputs and outputs it stored. The last pass frees both.
+# - Every pass but the last retains twice: autograd its graph (or ``Trying to backward
+#   through the graph a second time``), BackPACK the layer inputs and outputs it stored
+#   (or ``'Linear' object has no attribute 'output'``). The last pass frees both.
 # - ``autograd.grad`` leaves ``.grad`` alone; ``backward`` would add to it.
-# - ``X`` is differentiated, too. BackPACK works in backward hooks of the layers. If no
-#   input requires a gradient, PyTorch warns ("Full backward hook is firing when
-#   gradients are computed with respect to module outputs"). If ``X`` is not in the
-#   list, the hook of the first layer does not run.
+# - ``X`` is differentiated, too, since BackPACK works in backward hooks of the layers.
+#   If ``X`` requires no gradient, PyTorch warns (``Full backward hook is firing``). If
+#   it is not in the list, the first layer's hook does not run (``'Parameter' object has
+#   no attribute 'grad_batch'``).
 # - ``extend`` stays with a model for good, so we extend a copy.
 
 

@@ -4,6 +4,9 @@ import copy
 
 import pytest
 import torch
+from backpack import backpack, extend
+from backpack.extensions import BatchGrad
+from conftest import EXAMPLES
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
@@ -102,6 +105,40 @@ def test_unsupported_layer_raises_and_leaves_the_model(taught):
     with pytest.raises(NotImplementedError, match="GELU"):
         taught("batched_jacobians")["sqrt_ggn_jacobian"](model, torch.rand(5, 4))
     assert state(model) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "differentiate_X", "retain_graph", "retain_stored"),
+    [
+        ("Trying to backward through the graph a second time", True, False, True),
+        ("'Linear' object has no attribute 'output'", True, True, False),
+        ("'Parameter' object has no attribute 'grad_batch'", False, True, True),
+    ],
+)
+def test_forgotten_details_raise_what_the_page_says(
+    error, differentiate_X, retain_graph, retain_stored
+):
+    model, X = deep()
+    fs = extend(model)(X.requires_grad_())
+    params = list(model.parameters())
+    inputs = [X, *params] if differentiate_X else params
+    with pytest.raises((AttributeError, RuntimeError), match=error):
+        for c in range(2):
+            with backpack(BatchGrad(), retain_graph=retain_stored):
+                torch.autograd.grad(fs[:, c].sum(), inputs, retain_graph=retain_graph)
+            assert all(p.grad_batch.shape == (7, *p.shape) for p in params)
+    text = (EXAMPLES / "batched_jacobians.py").read_text()
+    assert error in " ".join(text.replace("\n#", " ").split())
+
+
+def test_inputs_without_a_gradient_warn_as_the_page_says():
+    model, X = deep()
+    fs = extend(model)(X)
+    with (
+        backpack(BatchGrad()),
+        pytest.warns(UserWarning, match="Full backward hook is firing"),
+    ):
+        fs.sum().backward()
 
 
 @pytest.mark.parametrize(
