@@ -232,6 +232,5 @@ for title, middle in cases.items():
 # - ``SqrtGGNExact`` needs the same and a rule for every other layer. Take it if it has
 #   them and the whole Jacobian fits into memory.
 #
-# Next: ``compute/torch_func_jacobians.py`` computes the Jacobian without BackPACK. The
-# alternative: `the layers that BackPACK supports
-# <https://docs.backpack.pt/en/master/supported-layers.html>`_.
+# Next: ``compute/choosing_a_method.py`` measures these methods and more on the same
+# work. The alternative: ``compute/torch_func_jacobians.py`` needs no BackPACK.

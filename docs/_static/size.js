@@ -1,7 +1,7 @@
 // The size of the Jacobian, and the method that it leaves.
 const form = document.querySelector("form.size");
 const output = form.querySelector("output");
-const page = "auto_examples/compute/torch_func_jacobians.html";
+const page = "auto_examples/compute/choosing_a_method.html#memory-with-chunk-size";
 
 function answer() {
   if (!form.checkValidity()) {

@@ -408,5 +408,5 @@ for name, (call, *args) in cases.items():
 # %%
 # Where to go next
 # ----------------
-# Next: the API of `torch.func <https://docs.pytorch.org/docs/stable/func.html>`_. The
+# Next: ``compute/choosing_a_method.py`` measures every method on the same work. The
 # alternative: ``batched_jacobians.py`` computes this Jacobian with BackPACK.
