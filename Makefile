@@ -12,14 +12,15 @@ PYTHON = $(shell for python in python3 python3.13 python3.12 python3.11; do \
 
 SPHINX = $(VENV)/bin/python -m sphinx -c . -d $(BUILD)/doctrees
 GENERATED = docs/auto_examples $(BUILD)/doctrees $(BUILD)/staging $(BUILD)/backreferences
-# Copies of tutorials that were renamed or removed: their pages must go, too.
+# Tutorials that were renamed or removed, but have copies: their pages must go, too.
 scripts = $(patsubst $(1)/%,%,$(wildcard $(1)/*.py $(1)/*/*.py))
 GONE = $(filter-out $(call scripts,examples),$(call scripts,docs/auto_examples))
 
 .PHONY: html test lint serve linkcheck clean help
 
 html: $(BUILD)/fresh
-	@$(if $(GONE),rm -rf $(GENERATED))
+	@$(if $(GONE),rm -rf $(BUILD)/doctrees $(BUILD)/staging \
+	  $(patsubst %.py,docs/auto_examples/%.*,$(GONE)))
 	@# Only a complete site replaces the last one. After a failure all pages are read
 	@# again, since Sphinx repeats a warning only if it reads the page again.
 	@$(SPHINX) -W docs $(BUILD)/staging \

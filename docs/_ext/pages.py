@@ -13,6 +13,7 @@ from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
 GALLERY = "auto_examples/"
+OTHER_PAGES = {"search": "search all tutorials", "404": "there is no such page"}
 EXAMPLES = Path(__file__).parents[2] / "examples"
 VERSIONS = {
     "Python": platform.python_version(),
@@ -52,15 +53,18 @@ def link_tutorials(app, doctree, docname):
 def complete(app, pagename, templatename, context, doctree):
     """Add the description, links to GitHub and Colab, versions and keyboard access."""
     context["versions"] = ", ".join(" ".join(item) for item in VERSIONS.items())
+    context.setdefault("metatags", "")
     if pagename == "404":  # served under any path, so its links start from the site's
-        context["metatags"] = f'<base href="{app.config.html_baseurl or "/"}">'
-    if doctree is None:
+        context["metatags"] += f'<base href="{app.config.html_baseurl or "/"}">'
+    if doctree:
+        # The first paragraph below the title; above it is Sphinx-Gallery's note.
+        section = next(doctree.findall(nodes.section))
+        text = " ".join(next(section.findall(nodes.paragraph)).astext().split())
+    else:
+        text = f"{context['project']}: {OTHER_PAGES[pagename]}."
+    context["metatags"] += f'<meta name="description" content="{escape(text)}">'
+    if not doctree:
         return
-
-    # The first paragraph below the title; the one above it is Sphinx-Gallery's note.
-    text = next(next(doctree.findall(nodes.section)).findall(nodes.paragraph)).astext()
-    description = escape(" ".join(text.split()))
-    context["metatags"] += f'<meta name="description" content="{description}">'
 
     repository, branch = context["repository"], context["notebook_branch"]
     if repository:
