@@ -42,7 +42,8 @@ def test_peak_is_what_the_operating_system_sees(method, names):
     code = definitions + CHILD.format(function=function.__name__)
     text = subprocess.check_output([sys.executable, "-c", code], text=True)
     seen = int(re.search(r"PEAK (\d+)", text)[1])
-    assert seen == pytest.approx(counted, rel=0.15)
+    # The system may see more: memory that was freed, but not yet given back.
+    assert 0.95 * counted < seen < 1.35 * counted
 
 
 def test_every_method_is_measured_on_every_kind(names):

@@ -32,19 +32,20 @@ from torch.utils.benchmark import Timer
 # %%
 # Sizes
 # -----
-# The outputs ``fs = model(X)`` have shape ``[N, C]``; the parameters hold ``P``
+# The outputs ``fs = model(X)`` have shape ``[N, C]``. The parameters hold ``P``
 # numbers. A sweep changes ``N``, ``C`` or the width, which sets ``P``, and keeps the
-# others at ``BASE``. All are small, so that the page takes seconds: raise them.
-# One thread is least disturbed by other programs. Take more on an idle machine.
+# others at ``BASE``. All are small, so that the page takes seconds: raise them on your
+# machine. One thread is least disturbed by other programs: take more on an idle one.
 
 BASE = {"MLP": {"N": 32, "C": 10, "width": 64}, "CNN": {"N": 8, "C": 10, "width": 12}}
 SWEEPS = {
     "MLP": {"N": (2, 8, 32, 128), "C": (3, 10, 30), "width": (24, 64, 160)},
     "CNN": {"N": (2, 8, 32, 128), "C": (3, 10, 30), "width": (6, 12, 30)},
 }
-CHUNKED = {"MLP": (64, 8, 96), "CNN": (64, 8, 4)}  # N, C, width
+CHUNKED = {"MLP": (64, 8, 96), "CNN": (64, 8, 5)}  # N, C, width
+CHUNKS = {"vmap": [(1, None), (16, None)], "jacrev": [(None, 1), (None, 4)]}
 THREADS = 1
-LIMIT = 0.02  # seconds: a method leaves a sweep after a call that takes longer
+LIMIT = 0.02  # a method leaves a sweep after a call that takes more seconds
 TIE = 1.2  # the ratio of two medians that we call a tie
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -160,25 +161,24 @@ def sqrt_ggn(model, X):
 # %%
 # Theory
 # ------
-# To add a method, add an entry, with what theory says of its time, and of its memory
-# beyond the Jacobian: the terms of a sum, each a product of ``N``, ``C``, ``P`` and
-# ``H``, the hidden values per sample. ``H`` grows as the square root of ``P``.
+# To add a method, add an entry: its function, and the exponents of ``N``, ``C`` and
+# ``P`` that theory gives for its time and its memory beyond the Jacobian. A range says
+# that several terms compete.
 #
-# - ``NNCP``: ``N * C`` cotangents go through the whole batch. ``NCP``: ``C`` cotangents
-#   go through each sample. ``NNCH``, ``NCH``: all are held together at a layer.
-#   ``NNCC``: they start from an identity matrix.
-# - ``NCP`` in memory: ``functional.jacobian`` stacks rows, a convolution may copy.
-# - ``NP``: one pass of ``BatchGrad``. ``P``: one gradient, or a copy of the model.
-#   ``NH``: the graph.
+# - Time: the first four send ``N * C`` cotangents through the whole batch, the others
+#   send ``C`` cotangents through each sample.
+# - Memory: cotangents that are held together grow as the width, with exponent 0.5 of
+#   ``P``. A gradient or a copy of the model grows as ``P``. A copy of the Jacobian
+#   grows as ``N * C * P``: rows that are stacked, or blocks of a convolution.
 
 methods = {
-    "autograd loop": (autograd_loop, "NNCP", "P NH"),
-    "is_grads_batched": (grads_batched, "NNCP", "NNCC NNCH"),
-    "functional.jacobian": (functional_jacobian, "NNCP", "NCP"),
-    "jacrev of the batch": (jacrev_batch, "NNCP", "NNCC NNCH"),
-    "vmap(jacrev)": (vmap_jacrev, "NCP", "NCH NCP"),
-    "BatchGrad": (batch_grad, "NCP", "P NH NP"),
-    "SqrtGGNExact": (sqrt_ggn, "NCP", "P NCH NCP"),
+    "autograd loop": (autograd_loop, "2 1 1", "0-1 0 0.5-1"),
+    "is_grads_batched": (grads_batched, "2 1 1", "2 1-2 0.5-1"),
+    "functional.jacobian": (functional_jacobian, "2 1 1", "1 1 1"),
+    "jacrev of the batch": (jacrev_batch, "2 1 1", "2 1-2 0.5-1"),
+    "vmap(jacrev)": (vmap_jacrev, "1 1 1", "1 1 0.5-1"),
+    "BatchGrad": (batch_grad, "1 1 1", "1 0 1"),
+    "SqrtGGNExact": (sqrt_ggn, "1 1 1", "0-1 0-1 0.5-1"),
 }
 
 # %%
@@ -207,9 +207,7 @@ def quartiles(function, *args):
     """Return the three quartiles of the seconds that ``function(*args)`` takes."""
     names = {"f": function, "args": args}
     timer = Timer("f(*args)", globals=names, num_threads=THREADS)
-    times = timer.adaptive_autorange(
-        min_run_time=LIMIT / 4, max_run_time=2 * LIMIT
-    ).times
+    times = timer.adaptive_autorange(min_run_time=0.01, max_run_time=0.05).times
     return torch.tensor(times).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
 
 
@@ -228,8 +226,8 @@ def peak_bytes(function, *args):
     return max(accumulate(event.nbytes() for event in events))
 
 
-def measure(kind, N, C, width, last):
-    """Measure the methods that did not take too long at the ``last`` point."""
+def measure(kind, N, C, width, names):
+    """Return the sizes, and the times and the memory of the methods in ``names``."""
     model, X, entries = case(kind, N, C, width)
     J = torch.empty(entries, device=device)
     spread = {
@@ -237,28 +235,24 @@ def measure(kind, N, C, width, last):
         "write, same memory": quartiles(lambda: J.fill_(1)),
     }
     memory = {"the Jacobian": J.nbytes}
-    for name, (function, *_) in methods.items():
-        if last.get(name, 0) <= LIMIT:
-            spread[name] = quartiles(function, model, X)
-            memory[name] = peak_bytes(function, model, X) - J.nbytes
+    for name in names:
+        spread[name] = quartiles(methods[name][0], model, X)
+        memory[name] = peak_bytes(methods[name][0], model, X) - J.nbytes
     time = {name: median for name, (_, median, _) in spread.items()}
-    return {
-        **{"N": N, "C": C, "P": entries // N // C, "J": J.nbytes, "time": time},
-        **{"spread": spread, "memory": memory},
-        "last": last | time,
-    }
+    sizes = {"N": N, "C": C, "P": entries // N // C}
+    return sizes | {"time": time, "spread": spread, "memory": memory}
 
 
 gc.freeze()  # what exists now is no garbage, and a search through it takes long
 points, sweeps = {}, {}
 for kind, axes in SWEEPS.items():
     for axis, (size, values) in zip("NCP", axes.items()):
-        start, base = time.perf_counter(), (kind, *BASE[kind].values())
-        last = points[base]["last"] if base in points else {}
+        start, base = time.perf_counter(), points.get((kind, *BASE[kind].values()))
+        names = [n for n in methods if not base or base["time"].get(n, LIMIT) < LIMIT]
         for value in values:
             key = kind, *(BASE[kind] | {size: value}).values()
-            points[key] = points.get(key) or measure(*key, last)
-            last = points[key]["last"]
+            points[key] = points.get(key) or measure(*key, names)
+            names = [name for name in names if points[key]["time"][name] < LIMIT]
             sweeps.setdefault((kind, axis), []).append(points[key])
         seconds = time.perf_counter() - start
         print(f"{kind}, {size} = {values}: {seconds:.1f} s", flush=True)
@@ -268,10 +262,11 @@ for kind, axes in SWEEPS.items():
 # -----------------------
 # The slope of a line on logarithmic axes is the exponent. We print the slope between
 # the last two points, with theory in brackets. A smaller one means that fixed costs
-# still count. A larger one can come from new memory: see where its line bends.
+# still count. A larger one can come from new memory: see where its line bends. The last
+# layer adds parameters with each output, so ``P`` grows with ``C``, too.
 
 COLORS = "black #E69F00 #F0E442 #009E73 #56B4E9 #0072B2 #D55E00 #CC79A7".split()
-styles = {name: style for name, *style in zip(methods, COLORS, "os^vDPX*")}
+styles = dict(zip(methods, zip(COLORS, "os^vDPX*")))
 plt.rcParams.update({"font.size": 11, "lines.markersize": 7})
 
 
@@ -279,135 +274,130 @@ def growth(kind, quantity, title, scale):
     """Draw how a quantity grows in each sweep, and print the slopes."""
     fig, axes = plt.subplots(3, figsize=(5, 10), layout="constrained")
     fig.suptitle(f"{kind}: {title}")
-    slopes = dict.fromkeys(methods, "")
-    for ax, axis in zip(axes, "NCP"):
-        ends = []
-        for name in sweeps[kind, axis][0][quantity]:
-            line = [point for point in sweeps[kind, axis] if name in point[quantity]]
+    slopes = {}
+    for i, (ax, axis) in enumerate(zip(axes, "NCP")):
+        sweep, ends = sweeps[kind, axis], []
+        for name in sweep[0][quantity]:
+            line = [point for point in sweep if name in point[quantity]]
             xs = [point[axis] for point in line]
             ys = [point[quantity][name] * scale for point in line]
-            color, marker = styles.get(name, ("0.5", None))
-            ax.loglog(xs, ys, color=color, marker=marker, ls="-" if marker else "--")
+            color, marker = styles.get(name, ("0.5", "_"))
+            ax.loglog(xs, ys, color=color, marker=marker, markeredgecolor="0.3")
             ends.append((ys[-1], xs[-1], name, color))
             if name in methods and len(xs) > 1:
-                terms = methods[name][1 if quantity == "time" else 2].split()
-                powers = {
-                    t.count(axis) + (axis == "P") * t.count("H") / 2 for t in terms
-                }
-                theory = " to ".join(
-                    f"{p:g}" for p in sorted({min(powers), max(powers)})
-                )
                 slope = log(ys[-1] / ys[-2]) / log(xs[-1] / xs[-2])
-                slopes[name] += f", {axis} {slope:.1f} ({theory})"
-        for i, (y, x, name, color) in enumerate(sorted(ends)):
-            place = {"xytext": (1.08, i / 8), "textcoords": "axes fraction"}
+                theory = methods[name][1 if quantity == "time" else 2].split()[i]
+                slopes.setdefault(name, []).append(f"{axis} {slope:.1f} ({theory})")
+        for height, (y, x, name, color) in enumerate(sorted(ends)):
+            place = {"textcoords": "axes fraction", "va": "center"}
             arrow = {"arrowstyle": "-", "color": color}
-            ax.annotate(name, (x, y), **place, arrowprops=arrow, va="center")
-        ax.set(xlabel=axis, ylabel=title)
-        ticks = [point[axis] for point in sweeps[kind, axis]]
-        ax.set_xticks(ticks, ticks)
+            ax.annotate(name, (x, y), (1.08, height / 8), arrowprops=arrow, **place)
+        ax.set(xlabel=axis, ylabel=title, xticks=[point[axis] for point in sweep])
+        ax.set_xticklabels(point[axis] for point in sweep)
         ax.minorticks_off()
     plt.show()
-    for name, text in slopes.items():
-        print(f"{kind}, {name}{text}")
+    for name, texts in slopes.items():
+        print(f"{name}: {', '.join(texts)}")
 
 
 growth("MLP", "time", "time in ms", 1e3)
 
 # %%
-# The same for the CNN.
+# Next, the CNN.
 
 growth("CNN", "time", "time in ms", 1e3)
 
 # %%
 # Time to write the Jacobian
 # --------------------------
-# No method that returns ``J`` is faster than writing it. New memory takes longer than
-# memory in use, once the system has to provide its pages in each call. These are the
-# multiples of both for the largest ``J``.
+# A result has to be written. We divide the times by that of writing the bytes of the
+# Jacobian, for the largest one: to new memory, or again and again to the same. New
+# memory takes longer where the system hands out its pages in each call.
 
 for kind in SWEEPS:
-    point = max((points[key] for key in points if key[0] == kind), key=lambda p: p["J"])
-    print(f"{kind}, J of {point['J'] / 1e6:.0f} MB, times writing to new, same memory:")
-    new, same, *times = point["time"].items()
-    for name, seconds in times:
-        print(f"  {name}: x {seconds / new[1]:.1f}, x {seconds / same[1]:.1f}")
+    point = max(sweeps[kind, "N"], key=lambda point: point["memory"]["the Jacobian"])
+    (_, new), (_, same), *rest = point["time"].items()
+    print(
+        f"{kind}, {point['memory']['the Jacobian'] / 1e6:.0f} MB, new and same memory:"
+    )
+    for name, seconds in rest:
+        print(f"  {name}: x {seconds / new:.1f}, x {seconds / same:.1f}")
 
 # %%
 # Memory beyond the Jacobian
 # --------------------------
-# The peak less ``J``. The gray line is ``J``: above it, a method needs more than twice
-# the memory of its result.
+# We subtract the Jacobian from the peak. A method above the gray line, the Jacobian,
+# needs more than twice the memory of its result.
 
 growth("MLP", "memory", "peak beyond J in MB", 1e-6)
 
 # %%
-# In the CNN, hidden values are many and parameters are few.
+# Convolutions have few parameters and many hidden values.
 
 growth("CNN", "memory", "peak beyond J in MB", 1e-6)
 
 # %%
 # Memory with chunk_size
 # ----------------------
-# In ``vmap``, ``chunk_size`` is a number of samples, in ``jacrev`` one of outputs. It
-# limits the cotangents in flight, not ``J``. The chunks of ``J`` are then copied into
-# one tensor, so both exist at once. Where ``J`` is most of the peak, chunks raise it.
-# Where cotangents are, chunks lower it.
+# In ``vmap``, ``chunk_size`` is a number of samples, in ``jacrev`` a number of outputs.
+# It limits the cotangents in flight, not the Jacobian. The chunks are copied into one
+# result in the end, so both exist at once. Where the Jacobian is most of the peak,
+# chunks raise it. Where cotangents are, chunks lower it.
 
-fig, axes = plt.subplots(2, figsize=(5, 7), sharex=True, layout="constrained")
-fig.suptitle("Peak memory with chunks, in units of J")
-for ax, (kind, (N, C, width)) in zip(axes, CHUNKED.items()):
-    model, X, entries = case(kind, N, C, width)
-    whole = peak_bytes(vmap_jacrev, model, X) / entries / 4
-    ax.axhline(whole, color="black", label="no chunks")
-    parts = {
-        "vmap": [(n, C) for n in (1, 4, 16)],
-        "jacrev": [(N, c) for c in (1, 2, 4)],
-    }
-    for (name, sizes), color, marker in zip(parts.items(), COLORS[3::3], "vD"):
-        ys = [peak_bytes(vmap_jacrev, model, X, *size) / entries / 4 for size in sizes]
-        xs = [n * c for n, c in sizes]
-        ax.semilogx(xs, ys, color=color, marker=marker, label=f"chunk_size in {name}")
-        assert all((y > whole) == (kind == "MLP") for y in ys)
-        low, high = min(ys) / whole, max(ys) / whole
-        print(f"{kind}, chunks in {name}: x {low:.2f} to x {high:.2f}")
-    ax.set(ylim=0, ylabel=f"{kind}: peak / J")
-    ax.set_xticks([8, 32, 128], [8, 32, 128])
-    ax.minorticks_off()
-axes[0].legend(loc="lower right")
-axes[1].set(xlabel="samples times outputs in a chunk")
+fig, axes = plt.subplots(2, figsize=(5, 6), layout="constrained")
+for ax, (kind, sizes) in zip(axes, CHUNKED.items()):
+    model, X, entries = case(kind, *sizes)
+    peaks = {"no chunks": peak_bytes(vmap_jacrev, model, X)}
+    for name, chunks in CHUNKS.items():
+        for chunk in chunks:
+            peak = peak_bytes(vmap_jacrev, model, X, *chunk)
+            peaks[f"{name}, {chunk[0] or chunk[1]}"] = peak
+            assert (peak > peaks["no chunks"]) == (kind == "MLP")
+    bars = ax.barh(list(peaks), [peak / entries / 4 for peak in peaks.values()])
+    ax.bar_label(
+        bars, [f"x {peak / peaks['no chunks']:.2f}" for peak in peaks.values()]
+    )
+    ax.axvline(1, color="black")
+    ax.margins(x=0.2)
+    ax.set(title=kind, xlabel="peak / Jacobian")
+fig.suptitle("Peak memory with chunk_size, x no chunks")
 plt.show()
 
 # %%
 # Fastest method for N, C, P and the kind of model
 # ------------------------------------------------
-# Each row is a point of a sweep, with its time divided by the fastest. Bars show the
-# quartiles. In the gray band, medians are a tie. We also call it a tie if the quartiles
-# overlap.
+# Each row of the picture is a point of a sweep, with its times divided by the smallest.
+# Bars join the quartiles. Two methods tie if their medians lie in the gray band, or if
+# their quartiles overlap. We print which methods are fastest, the ratio to the next one
+# that does not tie, and which method needs the least memory.
 
-results, winners = {}, {}
-fig, axes = plt.subplots(2, figsize=(5, 10), layout="constrained")
+results = {}
+fig, axes = plt.subplots(2, figsize=(5, 11), layout="constrained")
 for ax, kind in zip(axes, SWEEPS):
-    rows = {f"{x} = {p[x]}": p for x in "NCP" for p in sweeps[kind, x]}
-    results[kind], winners[kind] = {}, {}
+    rows = {f"{x} = {point[x]}": point for x in "NCP" for point in sweeps[kind, x]}
+    results[kind] = {}
     for y, (row, point) in enumerate(rows.items()):
         times = {name: t for name, t in point["time"].items() if name in methods}
+        results[kind][row] = times
         best = min(times, key=times.get)
-        limit = max(TIE * times[best], point["spread"][best][2])
-        ties = [name for name in times if point["spread"][name][0] <= limit]
         for name in times:
             low, median, high = (t / times[best] for t in point["spread"][name])
             color, marker = styles[name]
             ax.plot([low, high], [y, y], color=color)
-            ax.plot(median, y, marker, color=color, label=name if y == 0 else None)
-        results[kind][row], winners[kind][row] = times, ties
+            ax.plot(median, y, marker, color=color, markeredgecolor="0.3", label=name)
+        bound = max(TIE * times[best], point["spread"][best][2])
+        ties = [name for name in times if point["spread"][name][0] <= bound]
+        others = [time for name, time in times.items() if name not in ties]
+        ahead = f", next x {min(others) / times[best]:.1f}" if others else ""
         least = min(times, key=point["memory"].get)
-        print(f"{kind}, {row}: {' = '.join(ties)}; least memory: {least}")
+        print(f"{kind}, {row}: {' = '.join(ties)}{ahead}; least memory: {least}")
     ax.axvspan(1, TIE, color="0.85")
     ax.set(xscale="log", yticks=range(len(rows)), yticklabels=rows, title=kind)
     ax.invert_yaxis()
 fig.suptitle("Time, as a multiple of the fastest")
-fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+handles, names = axes[0].get_legend_handles_labels()
+legend = dict(zip(names, handles))
+fig.legend(legend.values(), legend, loc="outside lower center", ncols=2)
 plt.show()
 torch.set_num_threads(default_threads)
 
