@@ -287,7 +287,9 @@ def growth(kind, quantity, title, scale):
             if name in methods and len(xs) > 1:
                 slope = log(ys[-1] / ys[-2]) / log(xs[-1] / xs[-2])
                 theory = methods[name][1 if quantity == "time" else 2].split()[i]
-                slopes.setdefault(name, []).append(f"{axis} {slope:.1f} ({theory})")
+                slopes.setdefault(name, []).append(
+                    f"{axis} {round(slope, 1) or 0.0} ({theory})"
+                )
         for height, (y, x, name, color) in enumerate(sorted(ends)):
             place = {"textcoords": "axes fraction", "va": "center"}
             arrow = {"arrowstyle": "-", "color": color}
