@@ -61,7 +61,12 @@ def forward(model, X):
 def autograd_jacobian(model, X):
     """Return ``{name: Jacobian [N, C, *p.shape]}`` from N * C backward passes."""
     fs, params = forward(copy.deepcopy(model), X)
-    rows = [autograd.grad(f, params.values(), retain_graph=True) for f in fs.flatten()]
+    N, C = fs.shape
+    rows = [
+        autograd.grad(fs[n, c], params.values(), retain_graph=True)
+        for n in range(N)
+        for c in range(C)
+    ]
     blocks = [torch.stack(block).unflatten(0, fs.shape) for block in zip(*rows)]
     return dict(zip(params, blocks))
 

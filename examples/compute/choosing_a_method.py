@@ -15,7 +15,7 @@ import platform
 import re
 import time
 from importlib.metadata import version
-from itertools import accumulate
+from itertools import accumulate, product
 from math import log
 from pathlib import Path
 
@@ -101,10 +101,10 @@ def detached(model):
 def autograd_loop(model, X):
     fs, params = forward(model, X)
     jacobian = empty(fs, params)
-    for row, f in enumerate(fs.flatten()):
-        grads = autograd.grad(f, params.values(), retain_graph=True)
+    for n, c in product(*map(range, fs.shape)):
+        grads = autograd.grad(fs[n, c], params.values(), retain_graph=True)
         for block, grad in zip(jacobian.values(), grads):
-            block.flatten(0, 1)[row] = grad
+            block[n, c] = grad
     return jacobian
 
 

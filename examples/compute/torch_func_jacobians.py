@@ -8,6 +8,7 @@ and you bring models with buffers, several inputs or other output shapes into it
 """
 
 import copy
+import itertools
 import warnings
 
 import matplotlib.pyplot as plt
@@ -59,7 +60,8 @@ def loop(model, *inputs, create_graph=False):
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     options = {"retain_graph": True, "create_graph": create_graph}
     fs, values = model(*inputs), tuple(params.values())
-    rows = [torch.autograd.grad(entry, values, **options) for entry in fs.flatten()]
+    places = itertools.product(*map(range, fs.shape))
+    rows = [torch.autograd.grad(fs[place], values, **options) for place in places]
     columns = zip(*rows, strict=True)
     blocks = [torch.stack(column).unflatten(0, fs.shape) for column in columns]
     return dict(zip(params, blocks, strict=True))
@@ -273,7 +275,11 @@ print("The outer product agrees.")
 J_X, full = vmap(jacrev(model))(X), jacobian(model, X)
 leaf = X.clone().requires_grad_()
 fs = model(leaf)
-rows = [torch.autograd.grad(f_nc, leaf, retain_graph=True)[0] for f_nc in fs.flatten()]
+rows = [
+    torch.autograd.grad(fs[n, c], leaf, retain_graph=True)[0]
+    for n in range(N)
+    for c in range(C)
+]
 assert_close(full, torch.stack(rows).unflatten(0, (N, C)))
 assert_close(torch.einsum("ncnd->ncd", full), J_X)
 print(f"jacobian(model, X): {list(full.shape)}, its diagonal: {list(J_X.shape)}.")
