@@ -72,7 +72,7 @@ $(BUILD)/fresh: $(VENV)/installed conf.py $(wildcard docs/_ext/*.*)
 	@rm -rf $(GENERATED) && mkdir -p $(BUILD) && touch $@
 
 stop = { echo "make: $(1)" >&2; exit 1; }
-install = $(PIP) install -r $(1) || $(call stop,could not install $(1). Is there a network?)
+install = VIRTUAL_ENV="$(abspath $(VENV))" $(PIP) install -r $(1) || $(call stop,could not install $(1). Is there a network?)
 
 $(VENV)/installed: requirements.txt
 	@[ -n "$(PYTHON)" ] || $(call stop,needs Python 3.11 or newer. Name one with PYTHON=...)

@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import PAGES, TUTORIALS
+from conftest import EXAMPLES, PAGES, TUTORIALS
 
 WIDTHS = (360, 1280)
 BUDGET = 150_000  # bytes of a tutorial page beyond its figures, compressed
@@ -99,6 +99,8 @@ def test_tutorial_page_is_small(tutorial, visit):
 def test_math_shows_without_javascript(tutorial, visit):
     tab = visit(f"auto_examples/{tutorial}.html", java_script_enabled=False)
     formulas = tab.locator("math")
+    source = (EXAMPLES / f"{tutorial}.py").read_text()
+    assert formulas.count() == source.count(":math:") + source.count(".. math::")
     assert "\\" not in "".join(formulas.all_text_contents())
     for formula in formulas.all():
         box = formula.bounding_box()
@@ -116,6 +118,16 @@ def test_search_finds(word, visit):
     assert any("auto_examples/batched_jacobians.html" in link for link in links)
     found = {link.partition("#")[0].partition("?")[0] for link in links}
     assert found <= set(PAGES) - {"404.html", "search.html"}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_search_results_and_marked_words_are_accessible(scheme, visit):
+    tab = visit("search.html?q=SqrtGGNExact", color_scheme=scheme)
+    tab.locator("#search-results .context").first.wait_for()
+    assert Axe().run(tab).response["violations"] == []
+    tab.locator("#search-results li a").first.click()
+    tab.locator(".highlighted").first.wait_for()
+    assert Axe().run(tab).response["violations"] == []
 
 
 def test_copy_button_copies_the_code_and_outputs_have_none(visit):

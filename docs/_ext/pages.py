@@ -96,10 +96,19 @@ def forget_failures(app, exception):
         Path(f"{copy}.md5").unlink(missing_ok=True)
 
 
+def forget_words(app):
+    """Drop the words that no page holds any more: Sphinx keeps them in the index."""
+    for words in app.builder.indexer._mapping, app.builder.indexer._title_mapping:
+        for word in [word for word, pages in words.items() if not pages]:
+            del words[word]
+    return ()
+
+
 def setup(app):
     app.connect("doctree-resolved", link_tutorials)
     app.connect("builder-inited", write_dark_code_colors)
     app.connect("html-page-context", complete)
+    app.connect("html-collect-pages", forget_words)
     app.connect("build-finished", forget_failures, priority=1)
     dark = "(prefers-color-scheme: dark)"
     app.add_css_file("pygments_dark.css", media=dark, priority=900)

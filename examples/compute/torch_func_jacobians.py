@@ -3,8 +3,9 @@ Jacobians with torch.func
 =========================
 
 Compute the Jacobian of a network's outputs with respect to its parameters, for a whole
-batch, with PyTorch alone. You copy one function, you see what the other methods cost,
-and you bring models with buffers, several inputs or other output shapes into its form.
+batch, with the functions that PyTorch has. You copy one function, you see what the
+other methods cost, and you bring models with buffers, several inputs or other output
+shapes into its form.
 """
 
 import copy
