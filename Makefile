@@ -39,7 +39,7 @@ test: html lint
 lint: $(VENV)/tests-installed
 	@$(VENV)/bin/ruff check --config tests/ruff.toml .
 	@$(VENV)/bin/ruff format --config tests/ruff.toml --check .
-	@$(VENV)/bin/codespell --skip "*/_build,*/auto_examples,.venv,.git,*-LICENSE.txt"
+	@$(VENV)/bin/codespell --check-hidden --skip "*/_build,*/auto_examples,.venv,.git,*-LICENSE.txt"
 	@$(VENV)/bin/sphinx-lint --enable all --disable line-too-long docs/*.rst examples README.md
 	@$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*
 	@$(VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml

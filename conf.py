@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "docs" / "_ext"))
 
 project = "Batched Jacobians"
 author = "the Batched Jacobians authors"
-copyright = f"2026, {author}"  # noqa: A001, Sphinx prescribes the name
+copyright = f"2026, {author}"
 language = "en"
 extensions = [
     "mathml",

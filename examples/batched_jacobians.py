@@ -88,7 +88,7 @@ for name, p in model.named_parameters():
 # switches off for a sample passes nothing on: the weights and the bias that feed it,
 # and the weights that read it, get zero. And output ``c`` reads only row ``c`` of the
 # last layer, which leaves the diagonals of dots on the right. The colors end at the
-# largest entry of ``0.weight``; what is darker is larger.
+# largest entry of ``0.weight``; all larger ones share the darkest color.
 
 rows = torch.cat([J.flatten(2) for J in jacobian.values()], dim=2).flatten(0, 1)
 P = rows.shape[1]

@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import os
+import re
 import runpy
 import threading
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import browser
 import pytest
+from bs4 import BeautifulSoup
 from playwright.sync_api import sync_playwright
 
 os.environ["MPLBACKEND"] = "Agg"
@@ -17,6 +19,8 @@ os.environ["MPLBACKEND"] = "Agg"
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SITE = ROOT / "docs" / "_build" / "html"
+# What differs from run to run or machine to machine: addresses, paths, raw warnings.
+UNSTABLE = re.compile(r"0x[0-9a-f]{6}|site-packages|\.py:\d+: \w*Warning")
 TUTORIALS = sorted(
     script.relative_to(EXAMPLES).with_suffix("").as_posix()
     for script in EXAMPLES.rglob("*.py")
@@ -31,6 +35,11 @@ PAGES = sorted(
 def measures(tutorial):
     """Return whether a tutorial prints timings, which differ from run to run."""
     return "torch.utils.benchmark" in (EXAMPLES / f"{tutorial}.py").read_text()
+
+
+def parse(page):
+    """Return a page of the built site, given relative to it, to look things up in."""
+    return BeautifulSoup((SITE / page).read_text(), "html.parser")
 
 
 @contextlib.contextmanager

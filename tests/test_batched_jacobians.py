@@ -81,6 +81,13 @@ def test_equals_torch_func_and_leaves_the_model(make, method):
     assert not X.requires_grad
 
 
+def test_loop_gives_zeros_for_an_unused_parameter(taught):
+    model, X = deep()
+    model.register_parameter("unused", nn.Parameter(torch.rand(3)))
+    J = taught("batched_jacobians")["autograd_jacobian"](model, X)["unused"]
+    torch.testing.assert_close(J, torch.zeros(7, 2, 3))
+
+
 def test_single_precision_stays_single(method):
     model, X = deep()
     model, X = model.float(), X.float()

@@ -68,6 +68,7 @@ def test_keyboard_reaches_everything(page, width, visit):
       const shown = (e) => e.checkVisibility({visibilityProperty: true});
       const scrolls = (e) => e.scrollWidth > e.clientWidth + 1 &&
         ["auto", "scroll"].includes(getComputedStyle(e).overflowX);
+      window.unseen = [];
       window.waiting = new Set([...document.querySelectorAll("*")].filter((e) =>
         shown(e) && (e.matches("a[href], button, input:not([type=hidden])") ||
                      (scrolls(e) && e.matches(".document *")))));
@@ -77,11 +78,15 @@ def test_keyboard_reaches_everything(page, width, visit):
         done = tab.evaluate("""() => {
           const e = document.activeElement;
           window.waiting.delete(e);
+          const box = e.getBoundingClientRect();
+          const shown = getComputedStyle(e).outlineStyle !== "none" && box.right > 0;
+          if (e !== document.body && !shown) window.unseen.push(e.outerHTML);
           return e === document.body;
         }""")
         if done:
             break
     assert tab.evaluate("[...window.waiting].map((e) => e.outerHTML)") == []
+    assert tab.evaluate("window.unseen") == []
 
 
 @pytest.mark.parametrize("tutorial", TUTORIALS)

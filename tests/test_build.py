@@ -64,7 +64,7 @@ def copy(tmp_path_factory):
 def built(copy):
     """Return the built site, and put the copy back as it was."""
     yield copy / "docs" / "_build" / "html"
-    for name in ("broken", "good1", "good2"):
+    for name in ("broken", "good1", "good2", "compute/my_topic"):
         (copy / "examples" / f"{name}.py").unlink(missing_ok=True)
     assert make(copy, "html").returncode == 0
 
@@ -134,6 +134,16 @@ def test_pattern_runs_one_tutorial(copy, built):
     assert "sphx-glr-script-out" in page.read_text()
 
 
+def test_example_of_the_guide_builds(copy, built):
+    guide = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+    _, _, rest = guide.partition("```python\n")
+    script = copy / "examples" / "compute" / "my_topic.py"
+    script.write_text(rest.partition("```")[0])
+    assert make(copy, "html", "PATTERN=my_topic").returncode == 0
+    page = built / "auto_examples" / "compute" / "my_topic.html"
+    assert "agrees with the formula" in page.read_text()
+
+
 def test_configuration_runs_all_tutorials_again(copy, built):
     os.utime(copy / "conf.py")
     count = len(TUTORIALS)
@@ -192,8 +202,8 @@ def test_no_network_is_said_in_one_line(copy, tmp_path):
         PIP_CONFIG_FILE=os.devnull,
     )
     assert result.returncode != 0
-    last = [line for line in result.stdout.splitlines() if line.startswith("make: ")]
-    assert last[0] == "make: could not install requirements.txt. Is there a network?"
+    said = [line for line in result.stdout.splitlines() if line.startswith("make: ")]
+    assert said[0] == "make: could not install requirements.txt. Is there a network?"
 
 
 def test_old_python_is_said_in_one_line(copy, tmp_path):

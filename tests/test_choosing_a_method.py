@@ -6,8 +6,7 @@ import sys
 
 import pytest
 import torch
-from bs4 import BeautifulSoup
-from conftest import EXAMPLES, SITE
+from conftest import EXAMPLES, parse
 
 NEAR = 1.2  # the guide's method takes at most this multiple of the fastest one's time
 
@@ -54,7 +53,7 @@ def test_every_method_is_measured_on_every_kind(names):
 
 @pytest.mark.parametrize("kind", ["MLP", "CNN"])
 def test_guide_names_a_method_that_is_near_the_fastest(kind, names):
-    html = BeautifulSoup((SITE / "index.html").read_text(), "html.parser")
+    html = parse("index.html")
     *_, otherwise = html.select("#which-method ol li")
     method = otherwise.a.text
     times = names["results"][kind][f"N = {names['BASE'][kind]['N']}"]

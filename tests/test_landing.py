@@ -4,14 +4,13 @@ import re
 
 import pytest
 import torch
-from bs4 import BeautifulSoup
-from conftest import SITE
+from conftest import SITE, parse
 from torch import nn
 
 
 @pytest.fixture(scope="module")
 def html():
-    return BeautifulSoup((SITE / "index.html").read_text(), "html.parser")
+    return parse("index.html")
 
 
 @pytest.fixture

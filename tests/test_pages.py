@@ -5,15 +5,9 @@ import re
 from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
-from bs4 import BeautifulSoup
-from conftest import EXAMPLES, PAGES, ROOT, SITE, TUTORIALS
-from test_tutorials import UNSTABLE
+from conftest import EXAMPLES, PAGES, ROOT, SITE, TUTORIALS, UNSTABLE, parse
 
 pages = pytest.mark.parametrize("page", PAGES)
-
-
-def parse(page):
-    return BeautifulSoup((SITE / page).read_text(), "html.parser")
 
 
 def test_there_is_a_page_for_each_tutorial_and_no_other():

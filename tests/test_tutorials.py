@@ -6,12 +6,10 @@ import sys
 
 import nbformat
 import pytest
-from bs4 import BeautifulSoup
-from conftest import EXAMPLES, ROOT, SITE, TUTORIALS, measures
+from conftest import EXAMPLES, ROOT, TUTORIALS, UNSTABLE, measures, parse
 from nbclient import NotebookClient
 
 RAW_REST = re.compile(r":[a-z]+:`|^\.\. |`_+(?!\w)|\)_|^:\w+:", re.MULTILINE)
-UNSTABLE = re.compile(r"0x[0-9a-f]{6}|site-packages|\.py:\d+: \w*Warning")
 
 tutorials = pytest.mark.parametrize("tutorial", TUTORIALS)
 
@@ -21,8 +19,7 @@ def notebook(tutorial):
 
 
 def page(tutorial):
-    html = (SITE / "auto_examples" / f"{tutorial}.html").read_text()
-    return BeautifulSoup(html, "html.parser")
+    return parse(f"auto_examples/{tutorial}.html")
 
 
 def lines(texts):
@@ -104,6 +101,11 @@ def test_page_and_notebook_hold_the_code_of_the_script(tutorial):
     assert code == lines(cell.source for cell in cells if cell.cell_type == "code")
     script = lines([(EXAMPLES / f"{tutorial}.py").read_text()])
     assert set(code) <= set(script)
+
+
+@tutorials
+def test_readme_lists_the_tutorial(tutorial):
+    assert f"](examples/{tutorial}.py)" in (ROOT / "README.md").read_text()
 
 
 @tutorials

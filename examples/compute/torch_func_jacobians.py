@@ -63,9 +63,9 @@ def loop(model, *inputs, create_graph=False):
     fs, values = model(*inputs), tuple(params.values())
     places = itertools.product(*map(range, fs.shape))
     rows = [torch.autograd.grad(fs[place], values, **options) for place in places]
-    columns = zip(*rows, strict=True)
+    columns = zip(*rows)
     blocks = [torch.stack(column).unflatten(0, fs.shape) for column in columns]
-    return dict(zip(params, blocks, strict=True))
+    return dict(zip(params, blocks))
 
 
 J_loop = loop(model, X)
@@ -129,7 +129,7 @@ def grads_batched():
 
 
 def from_values(*values):
-    return f(dict(zip(params, values, strict=True)), X)
+    return f(dict(zip(params, values)), X)
 
 
 values = tuple(params.values())
@@ -188,7 +188,7 @@ assert_close(torch.einsum("ncnd->ncd", whole), single)
 print(f"Cotangents: {list(whole.shape)} for the batch, {list(single.shape)} with vmap.")
 
 fig, axes = plt.subplots(1, 2, sharey=True, layout="constrained", width_ratios=[N, 1])
-for ax, cotangents in zip(axes, (whole, single), strict=True):
+for ax, cotangents in zip(axes, (whole, single)):
     nonzero = (cotangents != 0).reshape(N * C, -1).numpy()
     ax.imshow(nonzero, cmap="cividis", aspect="auto", vmin=0)
 fig.suptitle("Cotangents at the ReLU: nonzero entries are yellow")
@@ -208,7 +208,7 @@ zeros = jacobian(lambda *_: model(X), values)
 zeros += tuple(jacrev(lambda _: model(X))(params).values())
 print(f"Nonzero entries: {sum(block.count_nonzero().item() for block in zeros)}.")
 try:
-    jacobian(lambda *_: model(X), values, strict=True)
+    jacobian(lambda *_: model(X), values)
 except RuntimeError as error:
     print(f"RuntimeError: {error}")
 
