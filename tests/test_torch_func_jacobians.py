@@ -40,9 +40,18 @@ def cnn():
     )
 
 
+class Solve(nn.Linear):
+    """A function whose derivative is wrong inside ``torch.no_grad`` and ``vmap``."""
+
+    def forward(self, X):
+        matrices = 5 * torch.eye(3) + self.weight + X[:, :, None] * X[:, None]
+        return torch.linalg.solve(matrices, X) + self.bias
+
+
 CASES = {
     "bag": lambda: (Bag(), torch.randint(9, (5, 3))),
     "cnn": lambda: (cnn(), torch.rand(5, 2, 6, 7)),
+    "solve": lambda: (Solve(3, 3), torch.rand(5, 3)),
     "one sample": lambda: (nn.Linear(3, 2), torch.rand(1, 3)),
     "one output": lambda: (nn.Linear(3, 1), torch.rand(4, 3)),
 }
@@ -53,18 +62,21 @@ def names(taught):
     return taught("compute/torch_func_jacobians")
 
 
+@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_loop_and_leaves_the_model(case, names):
+def test_equals_the_loop_and_leaves_the_model(case, grad, names):
     torch.manual_seed(0)
     model, X = CASES[case]()
     model.double()
     X = X.double() if X.is_floating_point() else X
     before = copy.deepcopy(model.state_dict())
-    jacobian = names["jacobians"](model, X)
+    with torch.set_grad_enabled(grad):
+        jacobian = names["jacobians"](model, X)
+        assert torch.is_grad_enabled() == grad
+    assert not any(block.requires_grad for block in jacobian.values())
     assert_close(jacobian, names["loop"](model, X))
     assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert torch.is_grad_enabled()
 
 
 def test_frozen_model_raises(names):

@@ -77,11 +77,12 @@ print("vmap(jacrev) agrees with the loop, for every parameter.")
 # ------------------
 # ``jacobians`` adds what other models need. It skips frozen parameters. It passes the
 # buffers too, so a forward pass that assigns one does not change the module. It gives
-# each sample a batch axis of length one, for layers such as ``Flatten``. Without
-# ``torch.no_grad`` the result would carry a graph back to the parameters.
+# each sample a batch axis of length one, for layers such as ``Flatten``. It detaches
+# parameters and inputs, or the result would carry a graph back to them. Inside
+# ``torch.no_grad`` the recipe can be wrong: see ``trust/silent_failures.py``.
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def jacobians(model, *inputs):
     """Return the Jacobian of ``fs = model(*inputs)`` for the parameters of ``model``.
 
@@ -90,10 +91,10 @@ def jacobians(model, *inputs):
     that require a gradient. The model stays as it is. Raises ``ValueError`` if no
     parameter requires a gradient, or if the output is not a tensor ``[N, C]``.
     """
-    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    params = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError("no parameter of the model requires a gradient")
-    buffers = dict(model.named_buffers())
+    buffers, inputs = dict(model.named_buffers()), [x.detach() for x in inputs]
 
     def outputs(params, *sample):
         batch_of_one = tuple(x.unsqueeze(0) for x in sample)
