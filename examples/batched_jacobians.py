@@ -157,7 +157,7 @@ def batchgrad_jacobian(model, X):
         with backpack(BatchGrad(), retain_graph=retain):
             autograd.grad(fs[:, c].sum(), [X, *params.values()], retain_graph=retain)
         for name, p in params.items():
-            jacobian[name][:, c] = p.grad_batch
+            jacobian[name][:, c] = p.grad_batch.reshape(N, *p.shape)
             del p.grad_batch
     return jacobian
 

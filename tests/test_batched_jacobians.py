@@ -163,3 +163,19 @@ def test_comparison_can_fail(spoil, taught):
     names = taught("batched_jacobians")
     with pytest.raises(AssertionError):
         names["compare"]("spoiled", spoil(names["jacobian"]))
+
+
+@pytest.mark.filterwarnings("ignore:Extension saving to grad_batch")
+def test_layer_called_without_the_batch_raises(taught):
+    class Shared(nn.Module):
+        """The layer sees one row for all samples: its gradient has no batch axis."""
+
+        def __init__(self):
+            super().__init__()
+            self.row = nn.Linear(3, 2)
+
+        def forward(self, X):
+            return X[:, :2] + self.row(X[:1, :3])
+
+    with pytest.raises(RuntimeError, match=r"shape '\[5, 2, 3\]' is invalid"):
+        taught("batched_jacobians")["batchgrad_jacobian"](Shared(), torch.rand(5, 4))
