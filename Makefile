@@ -16,7 +16,7 @@ GENERATED = docs/auto_examples $(BUILD)/doctrees $(BUILD)/staging $(BUILD)/backr
 scripts = $(patsubst $(1)/%,%,$(wildcard $(1)/*.py $(1)/*/*.py))
 GONE = $(filter-out $(call scripts,examples),$(call scripts,docs/auto_examples))
 
-.PHONY: html test lint serve linkcheck clean help
+.PHONY: html test bench lint serve linkcheck clean help
 
 html: $(BUILD)/fresh
 	@$(if $(GONE),rm -rf $(BUILD)/doctrees $(BUILD)/staging \
@@ -35,6 +35,9 @@ html: $(BUILD)/fresh
 test: html lint
 	@$(VENV)/bin/python tests/browser.py
 	@$(VENV)/bin/python -m pytest -c tests/pytest.ini tests
+
+bench: $(VENV)/installed
+	@$(VENV)/bin/python tests/bench.py
 
 lint: $(VENV)/tests-installed
 	@$(VENV)/bin/ruff check --config tests/ruff.toml .
@@ -59,6 +62,7 @@ help:
 	@echo "make html PATTERN=batched_jac"
 	@echo "                the same, but run only tutorials whose path matches"
 	@echo "make test       build the site and run every check"
+	@echo "make bench      measure every ratio of speed and memory, in one run"
 	@echo "make lint       run the checks that need no site"
 	@echo "make serve      build the site and show it on http://localhost:$(PORT), or PORT=..."
 	@echo "make linkcheck  ask the sites that pages link to whether the links work"

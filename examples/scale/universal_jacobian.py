@@ -860,9 +860,10 @@ for size in sizes:
     events.sort(key=lambda event: event.start_ns())
     peak = max(accumulate(event.nbytes() for event in events))
     peaks.append(peak + sum(block.nbytes for block in J.values()))
+slopes = {}
 for quantity, values in {"time": times, "memory": peaks}.items():
-    slope, _ = np.polyfit(np.log(sizes), np.log(values), 1)
-    print(f"The {quantity} grows as N to the power of {slope:.2f}.")
+    slopes[quantity], _ = np.polyfit(np.log(sizes), np.log(values), 1)
+    print(f"The {quantity} grows as N to the power of {slopes[quantity]:.2f}.")
 torch.set_num_threads(default_threads)
 
 # %%
