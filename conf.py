@@ -32,7 +32,8 @@ sphinx_gallery_conf = {
     "nested_sections": False,  # the theme's menu needs one toctree for all rooms
     # A Python warning in a tutorial fails the build.
     "reset_modules": ("matplotlib", "pages.warnings_are_errors"),
-    "first_notebook_cell": "%pip install -q backpack-for-pytorch matplotlib",
+    "first_notebook_cell": "%pip install -q backpack-for-pytorch matplotlib "
+    "scikit-learn",
     "image_srcset": ["2x"],
     "remove_config_comments": True,
     "show_signature": False,
@@ -45,6 +46,7 @@ sphinx_gallery_conf = {
 intersphinx_mapping = {
     "torch": ("https://docs.pytorch.org/docs/stable/", "_ext/torch.inv"),
     "backpack": ("https://docs.backpack.pt/en/master/", "_ext/backpack.inv"),
+    "sklearn": ("https://scikit-learn.org/stable/", "_ext/sklearn.inv"),
 }
 copybutton_selector = ":not(.sphx-glr-script-out) > div.highlight > pre"
 
