@@ -1,6 +1,7 @@
 """What all tests look at: the tutorials, the built site, and a browser."""
 
 import contextlib
+import functools
 import http.server
 import os
 import re
@@ -37,6 +38,7 @@ def measures(tutorial):
     return "torch.utils.benchmark" in (EXAMPLES / f"{tutorial}.py").read_text()
 
 
+@functools.cache
 def parse(page):
     """Return a page of the built site, given relative to it, to look things up in."""
     return BeautifulSoup((SITE / page).read_text(), "html.parser")
@@ -109,8 +111,14 @@ def taught():
     return run
 
 
+def pytest_collection_modifyitems(items):
+    """Start with the files that take longest, so that no worker waits for another."""
+    first = ["test_browser", "test_tutorials", "test_build"]
+    items.sort(key=lambda item: [item.path.stem != name for name in first])
+
+
 def pytest_sessionfinish(session):
     """Fail if anything was skipped."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter.stats.get("skipped"):
+    if reporter and reporter.stats.get("skipped"):  # workers have no reporter
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -15,6 +15,19 @@ new PerformanceObserver((list) => {
   for (const entry of list.getEntries()) window.shift += entry.value;
 }).observe({type: "layout-shift", buffered: true});
 """
+# Words of code with the same look need one check: keep the first of each kind.
+THIN_OUT = """
+const seen = new Set();
+for (const word of document.querySelectorAll("pre span")) {
+  const look = [word, word.closest("pre")].map((e) => {
+    const style = getComputedStyle(e);
+    return [style.color, style.backgroundColor, style.fontSize, style.fontWeight];
+  });
+  const kind = JSON.stringify([word.className, look]);
+  if (seen.has(kind)) word.style.visibility = "hidden";
+  else seen.add(kind);
+}
+"""
 
 
 @pytest.fixture
@@ -45,10 +58,11 @@ def visit(chromium, site):
 @pytest.mark.parametrize("page", PAGES)
 def test_page_is_accessible_and_stays_put(page, width, scheme, visit, site):
     tab = visit(page, width, color_scheme=scheme)
-    violations = Axe().run(tab).response["violations"]
-    assert [(v["id"], [n["html"] for n in v["nodes"]]) for v in violations] == []
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert tab.evaluate("window.shift") < 0.001
+    tab.evaluate(THIN_OUT)
+    violations = Axe().run(tab).response["violations"]
+    assert [(v["id"], [n["html"] for n in v["nodes"]]) for v in violations] == []
     assert tab.complaints == []
     assert all(request.url.startswith(site) for request in tab.requests)
 
@@ -72,18 +86,20 @@ def test_keyboard_reaches_everything(page, width, visit):
       window.waiting = new Set([...document.querySelectorAll("*")].filter((e) =>
         shown(e) && (e.matches("a[href], button, input:not([type=hidden])") ||
                      (scrolls(e) && e.matches(".document *")))));
+      document.addEventListener("focusin", ({target}) => {
+        window.waiting.delete(target);
+        const box = target.getBoundingClientRect();
+        const shown = getComputedStyle(target).outlineStyle !== "none" && box.right > 0;
+        if (!shown) window.unseen.push(target.outerHTML);
+      });
+      document.addEventListener("focusout", ({relatedTarget}) => {
+        window.left = window.left || relatedTarget === null;
+      });
     """)
-    for _ in range(2000):
-        tab.keyboard.press("Tab")
-        done = tab.evaluate("""() => {
-          const e = document.activeElement;
-          window.waiting.delete(e);
-          const box = e.getBoundingClientRect();
-          const shown = getComputedStyle(e).outlineStyle !== "none" && box.right > 0;
-          if (e !== document.body && !shown) window.unseen.push(e.outerHTML);
-          return e === document.body;
-        }""")
-        if done:
+    for _ in range(100):
+        for _ in range(25):
+            tab.keyboard.press("Tab")
+        if tab.evaluate("window.left"):
             break
     assert tab.evaluate("[...window.waiting].map((e) => e.outerHTML)") == []
     assert tab.evaluate("window.unseen") == []

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import SITE, parse
+from conftest import parse
 from torch import nn
 
 
@@ -43,10 +43,18 @@ def test_first_screen_holds_picture_code_and_guide(width, chromium, site):
 @pytest.mark.parametrize(
     ("fields", "size", "verdict"),
     [
-        ({"N": 64, "C": 10, "P": 269322}, 0.689, "fits: take vmap(jacrev)"),
+        (
+            {"N": 64, "C": 10, "P": 269322},
+            0.689,
+            "fits: take vmap(jacrev) or batched_jacobian",
+        ),
         ({"N": 7, "C": 3, "P": 5, "bytes": "float64"}, 8.4e-7, "fits: take"),
-        ({"N": 128, "C": 10, "P": 10**6, "memory": 8}, 5.12, "fits once: write"),
-        ({"N": 32, "C": 1000, "P": 11689512}, 1500, "does not fit: compute"),
+        (
+            {"N": 128, "C": 10, "P": 10**6, "memory": 8},
+            5.12,
+            "fits once: allocate it first",
+        ),
+        ({"N": 32, "C": 1000, "P": 11689512}, 1500, "does not fit: compute its"),
     ],
 )
 def test_form_computes_by_keyboard(fields, size, verdict, form):
@@ -68,12 +76,34 @@ def test_form_refuses_what_is_no_size(value, form):
     assert "whole numbers from 1 on" in form.locator("output").inner_text()
 
 
-def test_links_of_the_form_lead_somewhere(form, site):
-    form.locator("[name=P]").fill("1" + "0" * 12)
-    link = form.locator("output a").get_attribute("href")
-    page, _, anchor = link.partition("#")
-    text = (SITE / page).read_text()
-    assert f'id="{anchor}"' in text
+@pytest.mark.parametrize(
+    ("gigabytes", "pages"),
+    [
+        (2, ["universal_jacobian"]),
+        (1, ["universal_jacobian", "jacobians_without_memory"]),
+        (0.5, ["jacobians_without_memory"]),
+    ],
+)
+def test_links_of_the_form_lead_somewhere(gigabytes, pages, form):
+    for name, value in {"N": 25, "C": 10, "P": 10**6, "memory": gigabytes}.items():
+        form.locator(f"[name={name}]").fill(str(value))
+    links = form.locator("output a").all()
+    assert len(links) == len(pages)
+    for link, expected in zip(links, pages):
+        page, _, anchor = link.get_attribute("href").partition("#")
+        assert page == f"auto_examples/scale/{expected}.html"
+        html = parse(page)
+        assert html.find(id=anchor) if anchor else html.title
+
+
+def test_guide_leads_to_what_to_take_and_to_whether_it_is_right(html):
+    links = {link["href"].partition("#")[0] for link in html.select("#which-method a")}
+    assert {
+        "auto_examples/scale/jacobians_without_memory.html",
+        "auto_examples/scale/universal_jacobian.html",
+        "auto_examples/trust/layer_support.html",
+        "auto_examples/trust/silent_failures.html",
+    } <= links
 
 
 def test_without_javascript_there_is_a_table_that_is_right(chromium, site):

@@ -1,7 +1,10 @@
 // The size of the Jacobian, and the method that it leaves.
 const form = document.querySelector("form.size");
 const output = form.querySelector("output");
-const page = "auto_examples/compute/choosing_a_method.html#memory-with-chunk-size";
+const link = (page, text) => `<a href="auto_examples/scale/${page}"><u>${text}</u></a>`;
+const batched = link("universal_jacobian.html#the-function", "batched_jacobian");
+const chunks = link("jacobians_without_memory.html#chunks-of-samples-and-outputs", "chunks");
+const pieces = link("jacobians_without_memory.html", "chunks, products or factors");
 
 function answer() {
   if (!form.checkValidity()) {
@@ -10,11 +13,11 @@ function answer() {
   const field = (name) => Number(form.elements[name].value);
   const size = (field("N") * field("C") * field("P") * field("bytes")) / 1e9;
   const shown = Number(size.toPrecision(3)).toLocaleString("en", { maximumSignificantDigits: 3 });
-  if (2 * size <= field("memory")) return `J takes ${shown} GB and fits: take vmap(jacrev).`;
-  const chunks = `<a href="${page}">chunks</a>`;
+  const takes = `J takes ${shown} GB and`;
+  if (2 * size <= field("memory")) return `${takes} fits: take vmap(jacrev) or ${batched}.`;
   return size <= field("memory")
-    ? `J takes ${shown} GB and fits once: write ${chunks} into memory that you allocate first.`
-    : `J takes ${shown} GB and does not fit: compute ${chunks}, use each and drop it.`;
+    ? `${takes} fits once: allocate it first, then write into it with ${batched} and out=, or in ${chunks}.`
+    : `${takes} does not fit: compute its ${pieces}, never all of it.`;
 }
 
 const show = () => { output.innerHTML = answer(); };

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import time
+from collections import Counter
 from importlib.metadata import version
 from itertools import accumulate, product
 from pathlib import Path
@@ -24,8 +25,10 @@ import torch
 from backpack import backpack, extend
 from backpack.extensions import BatchGrad, SqrtGGNExact
 from torch import autograd, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.autograd.profiler import profile
 from torch.func import functional_call, jacrev, vmap
+from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.benchmark import Timer
 
@@ -37,10 +40,10 @@ from torch.utils.benchmark import Timer
 # others at ``BASE``. All are small, so that the page takes seconds: raise them on your
 # machine. One thread is least disturbed by other programs: take more on an idle one.
 
-BASE = {"MLP": {"N": 32, "C": 10, "width": 64}, "CNN": {"N": 8, "C": 10, "width": 12}}
+BASE = {"MLP": {"N": 24, "C": 10, "width": 64}, "CNN": {"N": 8, "C": 10, "width": 12}}
 SWEEPS = {
-    "MLP": {"N": (2, 8, 32, 96), "C": (3, 10, 24), "width": (24, 64, 160)},
-    "CNN": {"N": (2, 8, 32, 96), "C": (3, 10, 24), "width": (6, 12, 30)},
+    "MLP": {"N": (2, 8, 24, 72), "C": (3, 10, 20), "width": (24, 64, 256)},
+    "CNN": {"N": (2, 8, 24, 72), "C": (3, 10, 20), "width": (6, 12, 30)},
 }
 CHUNKED = {"MLP": (64, 8, 96), "CNN": (64, 8, 5)}  # N, C, width
 CHUNKS = {"vmap": [(1, None), (16, None)], "jacrev": [(None, 1), (None, 4)]}
@@ -79,6 +82,8 @@ def case(kind, N, C, width):
 # -------
 # Each takes ``(model, X)`` and returns ``{name: Jacobian [N, C, *p.shape]}``. A call
 # includes the forward pass, and BackPACK's copy of the model: you pay for both.
+# ``layer_structure`` is the core of ``batched_jacobian`` in
+# ``scale/universal_jacobian.py``, which checks its result and takes any model.
 
 
 def forward(model, X, params=None):
@@ -143,7 +148,8 @@ def batch_grad(model, X):
         with backpack(BatchGrad(), retain_graph=retain):
             autograd.grad(fs[:, c].sum(), [X, *params.values()], retain_graph=retain)
         for name, p in params.items():
-            jacobian[name][:, c] = p.grad_batch
+            block = jacobian[name][:, c]
+            block.copy_(p.grad_batch.view_as(block))
             del p.grad_batch
     return jacobian
 
@@ -156,6 +162,47 @@ def sqrt_ggn(model, X):
         autograd.grad(loss, [X, *params.values()])
     V = {name: p.sqrt_ggn_exact.contiguous() for name, p in params.items()}
     return {name: v.div_(2**0.5).transpose(0, 1) for name, v in V.items()}
+
+
+def layer_structure(model, X, out=None):
+    """Write each block as a product of matrices, into ``out`` if that is given."""
+    calls, handles, N = [], [], len(X)
+
+    def record(layer, inputs, output):
+        if output.requires_grad and len(inputs[0]) == N:
+            calls.append((layer, inputs[0].detach(), get_gradient_edge(output)))
+
+    for m in model.modules():
+        conv = type(m) is nn.Conv2d and m.groups == 1 and m.padding_mode == "zeros"
+        if type(m) is nn.Linear or (conv and not isinstance(m.padding, str)):
+            handles.append(m.register_forward_hook(record))
+    try:
+        fs, params = forward(model, X)
+    finally:
+        for handle in handles:
+            handle.remove()
+    count = Counter(p for layer, *_ in calls for p in layer.parameters())
+    if others := [name for name, p in params.items() if count[p] != 1]:
+        raise ValueError(f"not used by one Linear or plain Conv2d, once: {others}")
+    jacobian, C = out or empty(fs, params), fs.shape[1]
+    E = torch.eye(C, dtype=fs.dtype, device=device)[:, None].expand(C, N, C)
+    edges = [edge for *_, edge in calls]
+    deltas = vmap(lambda cotangents: autograd.grad(fs, edges, cotangents))(E)
+    names = {p: name for name, p in params.items()}
+    for (layer, a, _), delta in zip(calls, deltas):
+        if type(layer) is nn.Linear:  # on [N, I] or [N, T, I]
+            left = delta.reshape(C, N, -1, delta.shape[-1]).mT
+            right = a.reshape(N, -1, a.shape[-1])
+        else:  # linear, on windows
+            sizes = layer.kernel_size, layer.dilation, layer.padding, layer.stride
+            left, right = delta.flatten(3), F.unfold(a, *sizes).mT
+        if layer.weight in names:
+            rows = left.transpose(0, 1).flatten(1, 2)  # [N, C * O, T]
+            block = jacobian[names[layer.weight]].view(*rows.shape[:2], -1)
+            torch.bmm(rows, right, out=block)
+        if layer.bias in names:
+            jacobian[names[layer.bias]].copy_(left.sum(3).transpose(0, 1))
+    return jacobian
 
 
 # %%
@@ -179,6 +226,7 @@ methods = {
     "vmap(jacrev)": (vmap_jacrev, "1 1 1", "1 1 0.5-1"),
     "BatchGrad": (batch_grad, "1 1 1", "1 0 1"),
     "SqrtGGNExact": (sqrt_ggn, "1 1 1", "0-1 0-1 0.5-1"),
+    "layer structure": (layer_structure, "1 1 1", "1 0-1 0.5-1"),
 }
 
 # %%
@@ -266,7 +314,7 @@ for kind, axes in SWEEPS.items():
 # bends. The last layer has parameters for each output, so ``P`` grows with ``C``.
 
 COLORS = "black #E69F00 #F0E442 #009E73 #56B4E9 #0072B2 #D55E00 #CC79A7".split()
-styles = dict(zip(methods, zip(COLORS, "os^vDPX*")))
+styles = dict(zip(methods, zip(COLORS, "os^vDPX<")))
 plt.rcParams.update({"font.size": 11, "lines.markersize": 7})
 
 
@@ -292,8 +340,8 @@ def growth(kind, quantity, title, scale):
                 )
         for height, (y, x, name, color) in enumerate(sorted(ends)):
             place = {"textcoords": "axes fraction", "va": "center"}
-            arrow = {"arrowstyle": "-", "color": color}
-            ax.annotate(name, (x, y), (1.08, height / 8), arrowprops=arrow, **place)
+            arrow = {"arrowstyle": "-", "color": color, "relpos": (0, 0.5)}
+            ax.annotate(name, (x, y), (1.08, height / 9), arrowprops=arrow, **place)
         ax.set(xlabel=axis, ylabel=title, xticks=[point[axis] for point in sweep])
         ax.set_xticklabels(point[axis] for point in sweep)
         ax.minorticks_off()
@@ -315,14 +363,18 @@ growth("CNN", "time", "time in ms", 1e3)
 # A result has to be written. We divide the times by that of writing the bytes of the
 # Jacobian, for the largest one: to new memory, or again and again to the same. New
 # memory takes longer where the system hands out its pages in each call. A method whose
-# memory is used again can stay below the first, and hardly below the second.
+# memory is used again can stay below the first, and hardly below the second. With
+# ``out=``, ``layer_structure`` writes into its last result: no block is new.
 
 for kind in SWEEPS:
-    point = max(sweeps[kind, "N"], key=lambda point: point["memory"]["the Jacobian"])
-    (_, new), (_, same), *rest = point["time"].items()
-    print(
-        f"{kind}, {point['memory']['the Jacobian'] / 1e6:.0f} MB, new and same memory:"
-    )
+    sizes = {key: p["memory"]["the Jacobian"] for key, p in points.items()}
+    key = max([key for key in sizes if key[0] == kind], key=sizes.get)
+    model, X, _ = case(*key)
+    out = layer_structure(model, X)
+    again = quartiles(layer_structure, model, X, out)[1]
+    times = points[key]["time"] | {"layer structure, out=": again}
+    (_, new), (_, same), *rest = times.items()
+    print(f"{kind}, {sizes[key] / 1e6:.0f} MB, new and same memory:")
     for name, seconds in rest:
         print(f"  {name}: x {seconds / new:.1f}, x {seconds / same:.1f}")
 
@@ -408,5 +460,6 @@ torch.set_num_threads(default_threads)
 # %%
 # Where to go next
 # ----------------
-# Next: ``compute/torch_func_jacobians.py`` teaches the methods of PyTorch alone. The
-# alternative: ``batched_jacobians.py`` teaches ``BatchGrad`` and ``SqrtGGNExact``.
+# Next: ``scale/universal_jacobian.py`` takes layer structure to any model. The
+# alternative: ``compute/torch_func_jacobians.py`` teaches the methods of PyTorch alone,
+# and ``batched_jacobians.py`` teaches ``BatchGrad`` and ``SqrtGGNExact``.

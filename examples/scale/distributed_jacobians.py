@@ -3,9 +3,9 @@ Jacobians on several processes
 ==============================
 
 After this page you can compute the Jacobian, and the kernel of all pairs of samples,
-with more than one process or machine. Each process holds only its part of the samples.
-You see what travels between them, how much memory a process needs, and how to work out
-what a run on many machines would cost.
+with more than one process or machine. Each process holds only its part of the samples,
+and of the result. You see what travels between them, how much memory a process needs,
+and how to work out what a run on many machines would cost.
 """
 
 import inspect
@@ -74,8 +74,9 @@ def say(text):
 # The Jacobian of a ``Linear`` layer is an outer product for each sample and output:
 # ``J[n, c, o, i] = delta[n, c, o] * a[n, i]``. Here ``a`` is the input of the layer,
 # with a column of ones for the bias, and ``delta`` is the derivative of ``fs[n, c]`` by
-# the output of the layer. A hook records both. One call computes ``delta`` for all
-# layers: row ``c`` of ``E`` asks for output ``c`` of every sample at once.
+# the output of the layer (in ``scale/universal_jacobian.py``, ``c`` comes first). A
+# hook records both. One call computes ``delta`` for all layers: row ``c`` of ``E`` asks
+# for output ``c`` of every sample at once.
 #
 # Where samples mix, or a weight is used twice, this is wrong. So we check: for weights
 # ``u`` of shape ``[N, C]``, one backward pass must give the sum of ``u * J``. A row of
@@ -167,13 +168,21 @@ for name, (a, delta) in linear_factors(model, X).items():
     say(f"Layer {name}: a {list(a.shape)}, delta {list(delta.shape)}.")
 say("One process: the products of the factors equal the autograd loop.")
 
+mixing = nn.Sequential(nn.Linear(6, 3), nn.Softmax(dim=0))
+try:
+    linear_factors(mixing, X)
+except ValueError as error:
+    say(f"Softmax over the samples: ValueError: {error}")
+else:
+    raise AssertionError("the check of the factors is blind")
+
 # %%
 # Kernel of all pairs of samples
 # ------------------------------
-# The neural tangent kernel (NTK) is ``K = J J^T`` over all parameters, of shape
+# The neural tangent kernel (NTK) is ``J J^T`` over all parameters, of shape
 # ``[N, C, N, C]``. From factors it is a sum over layers of ``(delta_nc . delta_md)``
 # times ``(a_n . a_m)``, without ``J``. Each rank holds the factors of its samples and
-# computes its rows of ``K``, so it needs the factors of all others, too.
+# computes its rows of ``ntk``, so it needs the factors of all others, too.
 #
 # They go round in a ring. In each step a rank passes on the shard that it holds,
 # receives the next one, and computes with the first while both are on their way. So it
@@ -202,14 +211,14 @@ def pack(factors):
     return torch.cat([t.flatten(1) for pair in factors.values() for t in pair], 1)
 
 
-def add_block(K, factors, held):
-    """Add to ``K`` the kernel with the samples whose packed factors are ``held``."""
+def add_block(ntk, factors, held):
+    """Add to ``ntk`` the kernel with the samples whose packed factors are ``held``."""
     for a, delta in factors.values():
         widths = a.shape[1], delta.shape[1:].numel()
         b, other, held = held.split([*widths, held.shape[1] - sum(widths)], 1)
         other = other.unflatten(1, delta.shape[1:])
         products = torch.einsum("nco,mdo->ncmd", delta, other)
-        K.addcmul_(products, (a @ b.T)[:, None, :, None])
+        ntk.addcmul_(products, (a @ b.T)[:, None, :, None])
         del products  # before those of the next layer are made
 
 
@@ -226,22 +235,22 @@ def ntk_rows(factors, N):
     if len(held) != sizes[rank]:
         raise ValueError(f"rank {rank} has {len(held)} samples, not {sizes[rank]}")
     C = next(iter(factors.values()))[1].shape[1]
-    K = held.new_zeros(len(held), C, N, C)
+    ntk = held.new_zeros(len(held), C, N, C)
     for owner in (*range(rank, ranks), *range(rank)):
         following = (owner + 1) % ranks
         if following != rank:
             coming, requests = ring_step(held, sizes[following])
-        add_block(K[:, :, parts[owner]], factors, held)
+        add_block(ntk[:, :, parts[owner]], factors, held)
         if following != rank:
             for request in requests:
                 request.wait()
             held = coming
-    return K
+    return ntk
 
 
-J, K = loop(model, X), ntk_rows(linear_factors(model, X), len(X))
-torch.testing.assert_close(K, torch.einsum("ncp,mdp->ncmd", J, J))
-say(f"One process: the NTK {list(K.shape)} equals J J^T from the loop.")
+J, ntk = loop(model, X), ntk_rows(linear_factors(model, X), len(X))
+torch.testing.assert_close(ntk, torch.einsum("ncp,mdp->ncmd", J, J))
+say(f"One process: the NTK {list(ntk.shape)} equals J J^T from the loop.")
 
 # %%
 # Rows of the Jacobian, sharded over devices
@@ -264,8 +273,8 @@ def check(N, widths):
     rank, ranks, whole = dist.get_rank(), dist.get_world_size(), loop(model, X)
     parts = shards(N, ranks)
     mine = X[parts[rank]]
-    K = ntk_rows(linear_factors(model, mine), N)
-    same(K, torch.einsum("ncp,mdp->ncmd", whole[parts[rank]], whole))
+    ntk = ntk_rows(linear_factors(model, mine), N)
+    same(ntk, torch.einsum("ncp,mdp->ncmd", whole[parts[rank]], whole))
 
     J, v = flat_rows(model, mine), torch.arange(whole.shape[2]).sin()
     same(J, whole[parts[rank]])
@@ -329,7 +338,7 @@ def study(small, large):
 # as two ranks on one machine. On several, ``--nnodes``, ``--rdzv-backend=c10d`` and
 # ``--rdzv-endpoint`` replace ``--standalone``. Each rank calls ``join``. It takes NCCL
 # if the machine has a GPU for each of its ranks, and gloo if not. The timeout ends the
-# wait for a rank that hangs.
+# wait for a rank that hangs. Set it above the longest step.
 #
 # A notebook is no file that another process could run. So ``launch`` writes the source
 # of the functions to a temporary file, and gives that to ``torchrun``. A fork would
@@ -393,7 +402,7 @@ results = launch(study, RANKS, SMALL, LARGE)
 
 # %%
 # One process computes the kernel of the large problem with the same functions. With
-# more ranks, each holds fewer rows of ``K`` and smaller shards.
+# more ranks, each holds fewer rows of ``ntk`` and smaller shards.
 
 model, X = problem(*LARGE)
 N, C, P = len(X), LARGE[1][-1], sum(p.numel() for p in model.parameters())
@@ -406,8 +415,8 @@ print(f"J would have {8 * N * C * P / 1e6:.1f} MB.")
 # %%
 # Failure of a rank
 # -----------------
-# If a rank raises or is killed, ``torchrun`` ends the others, and ``launch`` raises an
-# error with all that they wrote. Brackets name the rank.
+# If a rank raises, ``torchrun`` ends the others, and ``launch`` raises an error with
+# all that they wrote. Brackets name the rank.
 
 
 def fail():
@@ -423,14 +432,15 @@ except RuntimeError as error:
     lines = [line for line in str(error).splitlines() if ": ValueError:" in line]
 else:
     raise AssertionError("the failure of a rank went unseen")
-print(f"{lines[0]}, all ended after {time.perf_counter() - start:.1f} s.")
+print(lines[0])
+print(f"All ranks ended after {time.perf_counter() - start:.1f} s.")
 
 # %%
 # Cost on 8, 64 and 1024 ranks
 # ----------------------------
 # We work out a larger run from what the ranks measured: the seconds and bytes of the
-# factors of a sample, and the seconds of a pair of samples in ``K``. A rank receives
-# the factors of all other samples, in one message from each rank. It takes as long as
+# factors of a sample, and the seconds of a pair of samples in ``ntk``. A rank receives
+# the factors of all other samples, in ``ranks - 1`` messages. The run takes as long as
 # the slower of computing and sending. First we put in the bandwidth measured between
 # two processes, and compare with the measured run.
 
@@ -452,15 +462,16 @@ print(f"Between two processes: {local / 1e9:.2f} GB/s. Run with {RANKS} ranks:")
 print(f"worked out {max(computing, sending):.3f} s, measured {worst['all']:.3f} s.")
 
 # %%
-# The bandwidths of the networks are assumptions. The bytes that a rank receives hardly
-# depend on the number of ranks, while its computing shrinks. Rows of ``J`` in place of
-# factors would multiply the bytes. Memory is that of the rows of ``K`` and of three
-# shards.
+# The bandwidths of the networks are assumptions. With more ranks, the bytes that a rank
+# receives approach those of all samples, while its computing shrinks. Rows of ``J`` in
+# place of factors would multiply the bytes. Memory is that of the rows of ``ntk`` and
+# of three shards.
 
 N, choices = TARGET
 ratio = 8 * C * P / per_sample
 print(f"N = {N}, C = {C}, P = {P}: {per_sample / 1e3:.1f} kB of factors per sample.")
 print(f"Rows of J have {ratio:.0f} times as many bytes. Seconds of a rank:")
+print(" " * 15 + f"{'sending at':>11}" * len(NETWORKS))
 print("ranks computing" + "".join(f"{name:>11}" for name in NETWORKS) + "    memory")
 for ranks in choices:
     computing, _, held = cost(N, ranks, 1)
@@ -486,6 +497,6 @@ plt.show()
 # %%
 # Where to go next
 # ----------------
-# Next: ``scale/jacobians_without_memory.py`` uses the rows of one process without
-# storing them. The alternative: ``scale/universal_jacobian.py`` also computes rows for
-# parameters outside of ``Linear`` layers.
+# Next: ``compute/choosing_a_method.py`` measures the methods of one process. The
+# alternative: ``scale/jacobians_without_memory.py`` uses the rows of one process
+# without storing them.

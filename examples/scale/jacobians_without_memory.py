@@ -86,16 +86,15 @@ print(f"J has {N} x {C} rows and {sum(b[0, 0].numel() for b in J.values())} colu
 # %%
 # Memory plan
 # -----------
-# Count before you compute. ``J`` has to fit once if you write into memory that you have
-# allocated, and twice if your method copies it in the end. If it does not fit, some
-# samples of it may. If you need some parameters only, such as the last layer, freeze
-# the others.
+# Count before you compute. ``J`` has to fit once, and twice if your method copies it in
+# the end. If it does not fit, some samples of it may. If you need some parameters only,
+# such as the last layer, freeze the others.
 
 
-def free_bytes():
-    """Return the free bytes of the GPU, or of a Linux system, or all bytes."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
+def free_bytes(device):
+    """Return the free bytes of a GPU, or of a Linux system, or all bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     if os.path.exists("/proc/meminfo"):
         meminfo = Path("/proc/meminfo").read_text()
         return 1024 * int(re.search(r"MemAvailable: *(\d+)", meminfo)[1])
@@ -113,16 +112,16 @@ def memory_plan(model, X, available):
 
 plan = memory_plan(model, X, available=10_000)
 assert plan["bytes"] == sum(block.nbytes for block in J.values())
-print(f"J has {plan['bytes']} bytes. In 10000 bytes fit {plan['samples']} samples.")
+print(f"J has {plan['bytes']} bytes. 10000 hold {plan['samples']} of {N} samples.")
 
 large, X_large = mlp(784, 256, 256, 10).float(), torch.rand(64, 784).float()
-plan = memory_plan(large, X_large, free_bytes())
+plan = memory_plan(large, X_large, free_bytes(X_large.device))
 large_bytes = plan["bytes"]
 print(f"MLP 784-256-256-10, N = 64: {large_bytes / 1e6:.0f} MB")
 print(f"It fits {plan['times']} times, and {plan['samples']} of the samples fit.")
 last = copy.deepcopy(large).requires_grad_(False)
 _ = last[-1].requires_grad_()
-plan = memory_plan(last, X_large, free_bytes())
+plan = memory_plan(last, X_large, free_bytes(X_large.device))
 print(f"The last layer alone: {plan['bytes'] / 1e6:.1f} MB")
 
 # %%
@@ -135,7 +134,7 @@ print(f"The last layer alone: {plan['bytes'] / 1e6:.1f} MB")
 # Where samples influence each other, as in a softmax over the batch, a chunk on its own
 # is no part of ``J``. One backward pass finds out: for random ``u`` of shape
 # ``[N, C]``, the gradient of the sum of ``u * fs`` equals the sum of
-# ``u[n, c] J[n, c]``.
+# ``u[n, c] J[n, c]``. The error comes only after the last chunk was yielded.
 
 
 def random_weights(fs):
@@ -264,10 +263,9 @@ print("The streamed diagonal agrees with the loop.")
 # %%
 # Products with J and its transpose
 # ---------------------------------
-# ``J v`` is a derivative in forward mode, and ``J^T u`` is a gradient. Each costs about
-# as much as a gradient, whatever the size of ``J``. `curvlinops
-# <https://curvlinops.readthedocs.io>`_ has both as linear operators that run over a
-# whole data set.
+# ``J v`` is a derivative in forward mode, and ``J^T u`` is a gradient. Each is one
+# pass, whatever the size of ``J``. `curvlinops <https://curvlinops.readthedocs.io>`_
+# has both as linear operators that run over a whole data set.
 
 
 def jacobian_product(model, X, v):
@@ -307,7 +305,9 @@ print("J v and J^T u agree with the loop.")
 # We measure the peak as the largest sum of the bytes that PyTorch allocates and frees
 # in a call. ``chunk_size`` bounds what ``vmap`` or ``jacrev`` work on at once, but in
 # the end they copy all chunks into one result. Where ``J`` is most of the memory, it
-# raises the peak.
+# raises the peak. Compare ``no chunks`` with ``chunks into out``, too: chunks pay where
+# hidden values, not ``J``, take the memory, as in the CNN of
+# ``compute/choosing_a_method.py``.
 
 
 def peak_bytes(function, *args):
@@ -335,7 +335,7 @@ def allocated():
     write_jacobian(net, X_net, out, 8, 10)
 
 
-ways = {
+methods = {
     "no chunks": lambda: chunked(None, None),
     "vmap, chunk_size=8": lambda: chunked(8, None),
     "jacrev, chunk_size=2": lambda: chunked(None, 2),
@@ -344,11 +344,11 @@ ways = {
     "J v": lambda: jacobian_product(net, X_net, one),
     "J^T u": lambda: transposed_product(net, X_net, torch.ones(64, 10).float()),
 }
-net_bytes = memory_plan(net, X_net, free_bytes())["bytes"]
-peaks = {name: peak_bytes(way) / net_bytes for name, way in ways.items()}
+net_bytes = memory_plan(net, X_net, free_bytes(X_net.device))["bytes"]
+peaks = {name: peak_bytes(call) / net_bytes for name, call in methods.items()}
 for name, peak in peaks.items():
     print(f"{name}: peak / J = {peak:.3f}")
-for name in "vmap, chunk_size=8", "jacrev, chunk_size=2":
+for name in "vmap, chunk_size=8", "jacrev, chunk_size=2", "chunks into out":
     assert peaks[name] > peaks["no chunks"], f"{name} no longer raises the peak"
 
 # %%
@@ -357,7 +357,8 @@ for name in "vmap, chunk_size=8", "jacrev, chunk_size=2":
 # A linear layer with inputs ``a [N, I]`` and outputs ``[N, O]`` has
 # ``J[n, c, o, i] = delta[n, c, o] a[n, i]`` for its weight, and ``delta`` for its bias.
 # ``delta`` is the derivative of ``fs[n, c]`` with respect to the layer's outputs for
-# sample ``n``. The factors take ``N (C O + I)`` numbers, the product ``N C O I``.
+# sample ``n`` (in ``scale/universal_jacobian.py``, ``c`` comes first). The factors take
+# ``N (C O + I)`` numbers, the product ``N C O I``.
 #
 # - A forward hook keeps ``a`` and the place of the outputs in the graph. One call of
 #   ``autograd.grad`` with ``is_grads_batched=True`` and ``C`` cotangents gives all
@@ -485,7 +486,8 @@ assert not factors[1], "linear layers have lost their factors"
 print(f"Factors of {len(factors[0])} layers, {len(factors[1])} other blocks.")
 
 # %%
-# The same for what linear layers can be, and for what is no linear layer.
+# Tied and repeated layers on sequences, and parameters of other kinds. In training
+# mode, batch norm mixes samples: layers before it get blocks.
 
 
 class Sequence(nn.Module):
@@ -514,11 +516,12 @@ for title, (case, inputs) in cases.items():
 # %%
 # Empirical NTK
 # -------------
-# The NTK is ``J J^T``, of shape ``[N, C, N, C]``. Each linear layer adds the products
-# of ``delta`` for the two rows, times those of ``a``, plus one for the bias:
+# The NTK is ``J J^T``, of shape ``[N, C, N, C]``. The function ``ntk`` returns it, and
+# the code calls it ``K``. Each linear layer adds the products of ``delta`` for the two
+# rows, times those of ``a``, plus one for the bias:
 # ``(delta_nc . delta_md) (a_n . a_m + 1)``. On sequences there is a term for each pair
-# of steps. If there are more pairs than inputs, the block itself costs less: ``slices``
-# makes some rows of the weight at a time.
+# of steps. If there are more pairs than inputs, the block itself needs fewer products:
+# ``slices`` makes some rows of the weight at a time.
 
 
 def slices(delta, inputs):
@@ -610,7 +613,7 @@ print("Gradient norms:", ", ".join(f"{found:.3f}" for found in norms))
 # <https://docs.pytorch.org/tutorials/intermediate/neural_tangent_kernels.html>`_
 # computes ``J`` with ``vmap(jacrev)`` and contracts the blocks of each parameter with
 # themselves. ``dense_ntk`` does that. Both run on one thread, in the same process: the
-# dense way once to time it, the other many times, of which we take the median.
+# dense method once, cold, and the other many times, of which we take the median.
 
 
 def dense_ntk(model, X):
@@ -636,7 +639,8 @@ peak, ms = peak_bytes(ntk, large, X_large), milliseconds(ntk, large, X_large)
 print(f"MLP 784-256-256-10, N = 64, C = 10: J has {large_bytes / 1e6:.0f} MB")
 print(f"dense: {dense_time:.0f} ms, peak {dense_peak / 1e6:.1f} MB")
 print(f"factors: {ms:.1f} ms, peak {peak / 1e6:.1f} MB")
-print(f"Time / {dense_time / ms:.0f}, peak / {dense_peak / peak:.0f}")
+print(f"The factors take 1/{dense_time / ms:.0f} of the time,")
+print(f"and 1/{dense_peak / peak:.0f} of the peak.")
 peaks["NTK from J"] = dense_peak / large_bytes
 peaks["NTK from factors"] = peak / large_bytes
 
@@ -656,7 +660,8 @@ print(f"The machine has {machine / 1e9:.1f} GB")
 print(f"NTK from factors: {seconds:.1f} s, peak {peak / 1e9:.2f} GB")
 
 # %%
-# We draw the peaks as multiples of the Jacobian. The gray line is the Jacobian.
+# We draw the peaks as multiples of the Jacobian, the gray line. The last two bars
+# belong to the MLP 784-256-256-10, the others to 64-128-128-10.
 
 fig, ax = plt.subplots(figsize=(5, 5), layout="constrained")
 bars = ax.barh(list(peaks), list(peaks.values()), color="#0072B2")
@@ -664,7 +669,7 @@ ax.bar_label(bars, [f" {peak:.2g}" for peak in peaks.values()])
 ax.axvline(1, color="0.5")
 ax.invert_yaxis()
 ax.margins(x=0.2)
-ax.set(xscale="log", xlabel="peak / Jacobian", title="Peak memory of each way")
+ax.set(xscale="log", xlabel="peak / Jacobian", title="Peak memory of each method")
 plt.show()
 
 # %%
@@ -704,8 +709,9 @@ plt.show()
 # With ``T`` steps, the factors take ``N T (C O + I)`` numbers, the block still
 # ``N C O I``: long sequences need the block. We print the ratio of the two, and those
 # of time and peak of the NTK. A convolution is such a layer, with ``T`` positions and
-# patches of ``I`` inputs, which ``unfold`` copies. ``jacobian_factors`` takes its
-# block.
+# patches of ``I`` inputs, which ``unfold`` copies. ``jacobian_factors`` stores the
+# block of a convolution, even where factors are smaller: here there are more pairs of
+# positions than inputs, so the NTK needs the block anyway.
 
 
 class Mean(nn.Module):
@@ -738,6 +744,7 @@ for i in (0, 3):
     a = unfold(cnn[:i](images), 3, padding=1).mT
     delta = vmap(jacrev(lambda h, i=i: cnn[i + 1 :](h[None])[0]))(cnn[: i + 1](images))
     block = torch.einsum("nctO,nti->ncOi", delta.detach().flatten(3).mT, a.detach())
+    assert many_steps({"weight": a})
     assert_close(block.view_as(J[f"{i}.weight"]), J[f"{i}.weight"])
     ratio = (delta.numel() + a.numel()) / block.numel()
     print(f"convolution {i}: factors / block = {ratio:.2f}")
@@ -749,4 +756,4 @@ torch.set_num_threads(default_threads)
 # Where to go next
 # ----------------
 # Next: ``scale/distributed_jacobians.py`` splits ``J`` over processes. The alternative:
-# ``scale/universal_jacobian.py`` writes all of ``J``, at the speed of memory.
+# ``scale/universal_jacobian.py`` writes all of ``J``, and checks it.

@@ -148,15 +148,15 @@ methods = {
 }
 
 # %%
-# Verdicts for your model
+# Check of your own model
 # -----------------------
 #
 # ``verdicts`` runs every method from the same random seed, on a copy in double
 # precision, so that rounding cannot make a right method look wrong. The verdict is
 # ``right``, ``wrong``, or the error and the first line of its text. Warnings are
-# ignored: only the numbers count. To judge a model of your own, replace the two lines
-# below the function. Take a few samples, since the reference is slow, and take ``N``,
-# ``C`` and the widths all different.
+# ignored: only the numbers count. To judge a model of your own, replace ``model`` and
+# ``X`` below the function. Take a few samples, since the reference is slow, and take
+# ``N``, ``C`` and the widths all different.
 
 
 def verdicts(model, X):
@@ -204,7 +204,8 @@ for method, verdict in verdicts(model, X).items():
 # A case is a function that returns a fresh ``(model, X)``. Most are a first layer, the
 # layer in question, and a linear layer, so that each method has to pass the layer in
 # question. The forward pass that finds the last width also fills the running
-# statistics of the norms. ``N``, ``C`` and the widths differ.
+# statistics of the norms. ``N`` and ``C`` differ from each width, and the widths from
+# each other where the case allows it.
 
 
 class Own(nn.Module):
@@ -531,7 +532,8 @@ for method in methods:
 #   pooling layer, the initial state of an LSTM. The rule for dropout takes each zero in
 #   the output for a dropped value.
 # - ``SqrtGGNExact`` finds its quantities by the address of a layer's output. A view of
-#   the same address and shape, such as a square transpose, hides that axes swap.
+#   the same address and shape, such as a square transpose after the converter, hides
+#   that axes swap.
 # - ``jacrev`` is wrong for ``torch.cdist``, where ``is_grads_batched`` is right.
 
 tied_weights = {"two Linear, one weight", "Embedding tied to Linear"}
@@ -613,9 +615,11 @@ picture("Norms", "Embeddings and sequences", "Weights, dropout, mixing")
 # Errors and the cases that raise them
 # ------------------------------------
 #
-# The first line of each error, then who raises it. BackPACK needs rules: ``BatchGrad``
-# for each module with parameters of its own, ``SqrtGGNExact`` for each module on the
-# way. The others need none, but ``vmap`` and ``jacrev`` refuse some operations.
+# The first line of each error, then who raises it. Sizes are those of the first case,
+# and of more than 10 cases we name 3. BackPACK needs rules: ``BatchGrad`` for each
+# module with parameters of its own, ``SqrtGGNExact`` for each module on the way. The
+# others need none, but ``vmap`` and ``jacrev`` refuse some operations, and
+# ``is_grads_batched`` a parameter that no output depends on.
 
 errors = {}
 for (name, method), verdict in results.items():
@@ -628,6 +632,8 @@ for text, raisers in errors.values():
     print(textwrap.shorten(text, 120, placeholder=" ..."))
     for who in dict.fromkeys(map(tuple, raisers.values())):
         names = [name for name in raisers if tuple(raisers[name]) == who]
+        if len(names) > 10:
+            names[3:] = [f"{len(names) - 3} more"]
         print(f"  {' / '.join(who)}: {'; '.join(names)}")
 
 # %%
@@ -636,7 +642,9 @@ for text, raisers in errors.values():
 #
 # The order of ``methods`` is the order in which to try them: the last three send a
 # cotangent ``[N, C]`` for each ``fs[n, c]``, which ``compute/choosing_a_method.py``
-# measures. We print the first one that is right where ``vmap(jacrev)`` is not.
+# measures. We print the first one that is right where ``vmap(jacrev)`` is not. A
+# verdict holds for the model of its case: compare ``Dropout, training`` with ``Dropout
+# of zeros``, where ``SqrtGGNExact`` is wrong.
 
 first = {
     name: next(method for method in methods if results[name, method] == "right")
@@ -652,8 +660,8 @@ for method in list(methods)[1:]:
 #
 # With sizes that differ, some mistakes raise because shapes do not match. With equal
 # sizes they do not raise, and the result is wrong. Here ``T`` is the length of a
-# sequence, and the position embedding has no batch axis: ``BatchGrad`` takes ``T`` for
-# it. ``reshape`` in ``batch_grad`` makes another length raise.
+# sequence, and the position embedding has no batch axis: ``BatchGrad`` takes axis ``T``
+# for the batch. The ``reshape`` in ``batch_grad`` raises if ``T`` is not ``N``.
 
 
 def positions(N, T):

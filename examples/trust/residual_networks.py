@@ -31,9 +31,9 @@ _ = torch.manual_seed(0)
 # %%
 # Network
 # -------
-# The network has what a ResNet of torchvision has: a ReLU that works in place and is
-# called twice, ``out += identity``, batch norm, a ``downsample`` branch where the shape
-# changes, adaptive pooling, and ``torch.flatten`` before the last layer.
+# The network has what is hard in a ResNet of torchvision: a ReLU that works in place
+# and is called twice, ``out += identity``, batch norm, a ``downsample`` branch where
+# the shape changes, adaptive pooling, and ``torch.flatten`` before the last layer.
 
 
 class Block(nn.Module):
@@ -75,8 +75,9 @@ class ResNet(nn.Module):
 
 
 # %%
-# We train it for a moment. ``X`` are ``N`` other images, of shape ``[N, 1, 8, 8]``, and
-# the outputs ``fs`` have shape ``[N, C]``. ``model`` is in eval mode from here on.
+# We train it briefly. ``X`` holds ``N`` images that it has not seen, with shape
+# ``[N, 1, 8, 8]``, and the outputs ``fs`` have shape ``[N, C]``. ``model`` is in eval
+# mode from here on.
 
 digits = load_digits()
 images = torch.from_numpy(digits.images)[:, None] / 16
@@ -241,9 +242,9 @@ fails(text, batchgrad_jacobian, extend(copy.deepcopy(model)), X)
 fails(text, batchgrad_jacobian, extend(rebuilt(Block)), X)
 
 # %%
-# With ``+`` instead of ``+=``, ``BatchGrad`` is right. But it warns, as it finds no
-# rule for the class ``SumBlock``, which needs none: its layers have theirs. Extend the
-# layers only, and the warning is gone.
+# With ``+`` instead of ``+=``, ``BatchGrad`` runs, but warns that it finds no rule for
+# the class ``SumBlock``. The class needs none: its layers have theirs. With extended
+# layers, ``BatchGrad`` is right, without a warning.
 
 no_rule = "Extension saving to grad_batch does not have an extension for Module"
 fails(no_rule, batchgrad_jacobian, extend(rebuilt(SumBlock)), X)
@@ -293,7 +294,8 @@ print("SqrtGGNExact with a layer for each operation agrees with the loop.")
 # ``extend(model, use_converter=True)`` does almost all of this: it traces the forward
 # pass and writes it again with ``SumModule``, ``nn.Flatten``, and a ReLU for each call,
 # none of them in place. Two things are left to you: it changes the model that you pass,
-# so pass a copy, and it keeps the adaptive pooling. ``extended_copy`` does both.
+# so pass a copy, and it keeps the adaptive pooling. ``extended_copy`` takes care of
+# both.
 
 
 def extended_copy(model, X):
@@ -372,7 +374,7 @@ fails("the converter changed the outputs", extended_copy, net, x)
 # 'Parameter' object has no attribute 'grad_batch'
 # ------------------------------------------------
 # ``BatchGrad`` stores nothing for a layer whose rule did not run, and reading the
-# result raises. There are three causes:
+# result raises. Frequent causes:
 #
 # - The layer has no rule. The converter does not help: in the same network with
 #   ``GroupNorm`` for batch norm, the warning comes first, then the error. The methods
@@ -434,6 +436,7 @@ for method in grads_batched_jacobian, jacrev_jacobian:
 # direction in the space of the parameters, ``jvp`` gives the derivative of ``fs``, and
 # the Jacobian times the direction has to be the same.
 
+# the rules that jvp loads are scripted, which PyTorch itself warns about
 warnings.filterwarnings("ignore", ".*torch.jit.script.*", DeprecationWarning)
 direction = {name: torch.randn_like(p) for name, p in params.items()}
 _, slope = jvp(lambda params: outputs(training, params, X), (params,), (direction,))
@@ -446,7 +449,7 @@ changes = [not b.equal(statistics[name]) for name, b in training.named_buffers()
 print(f"A plain forward pass changes {sum(changes)} of {len(changes)} buffers.")
 
 # %%
-# The other methods treat each sample alone, which is another function:
+# The other methods assume that samples do not mix:
 #
 # - ``vmap`` raises. Without running statistics it does not, and normalizes each image
 #   by its own pixels: the result is wrong, and nothing is said.
@@ -477,12 +480,12 @@ assert_close(*({name: b.sum(0) for name, b in J.items()} for J in (shares, mixed
 print("Summed over the samples, BatchGrad agrees with the loop.")
 
 # %%
-# Picture of the mixing
-# ---------------------
+# Test for samples that mix
+# -------------------------
 # Row ``n``, column ``m`` shows the norm of the derivative of ``fs[n]`` with respect to
 # the image ``X[m]``. In eval mode all but the diagonal is exactly zero, marked by ``0``
-# on gray. This is the test to run on a model of yours before you take a method that
-# treats each sample alone.
+# on gray. Run this on a model of yours before you take a method that assumes that
+# samples do not mix. Zeros at one ``X`` are evidence, and no proof.
 
 
 def sample_influence(model, X):
@@ -521,6 +524,10 @@ plt.show()
 # - No rules needed: ``vmap(jacrev)`` where samples do not mix, ``is_grads_batched`` or
 #   ``jacrev`` over the batch with clones of the buffers where they do.
 # - BackPACK: ``extended_copy``, and one of the methods above to compare with.
-#
+
+# %%
+# Where to go next
+# ----------------
 # Next: ``trust/sequence_models.py`` does the same for recurrent networks and attention.
-# The alternative: ``scale/universal_jacobian.py`` needs no rules and no converter.
+# The alternative: ``scale/universal_jacobian.py`` takes these models unchanged, and
+# checks its result.

@@ -5,8 +5,6 @@ LSTM, GRU and transformer
 After this page you can compute the Jacobian of a recurrent network or a transformer,
 with an output for each token, and you know which methods raise, which are wrong without
 an error, and what to take instead. You also see which outputs depend on which tokens.
-
-The packages are ``torch``, ``backpack-for-pytorch`` and ``matplotlib``.
 """
 
 import copy
@@ -33,9 +31,9 @@ _ = torch.manual_seed(0)
 # ----------------------
 # ``X`` holds ``N`` sequences of ``T`` tokens, integers of shape ``[N, T]``. The model
 # returns ``C`` numbers for each token: ``fs`` has shape ``[N, T, C]``, and the Jacobian
-# of a parameter ``[N, T, C, *p.shape]``. Most methods want ``[N, K]`` outputs: flatten
-# to ``K = T * C``, and unflatten the Jacobian. The loop of one backward pass for each
-# output is the reference.
+# of a parameter ``[N, T, C, *p.shape]``. BackPACK's methods want ``[N, K]`` outputs:
+# flatten to ``K = T * C``, and unflatten the Jacobian. The loop of one backward pass
+# for each output is the reference.
 
 N, T, C = 6, 5, 3
 vocabulary, D, H = 11, 8, 7
@@ -80,12 +78,12 @@ for name, J in jacobian.items():
 # One sample at a time
 # --------------------
 # ``autograd.grad`` with ``is_grads_batched=True`` makes all the backward passes of the
-# loop at once. It needs no rules, and is right for every model on this page. But it
-# sends ``N * K`` cotangents through ``N`` samples, and only one sample matters for
-# each. A loop over the samples, with batches of one, sends ``K`` cotangents through one
-# sample, ``N`` times. It is right where samples do not mix and nothing is random. So
-# ``sample_loop_jacobian`` compares the outputs, and raises if a sample alone has
-# others.
+# loop at once. It needs no rules: we compare it for an LSTM here, and for a transformer
+# below. But it sends ``N * K`` cotangents through ``N`` samples, and only one sample
+# matters for each. A loop over the samples, with batches of one, sends ``K`` cotangents
+# through one sample, ``N`` times. It is right where samples do not mix and nothing is
+# random. So ``sample_loop_jacobian`` compares the outputs, and raises if a sample alone
+# has other outputs.
 
 
 def pull_back(fs, params):
@@ -157,8 +155,8 @@ fails("mixed or random", sample_loop_jacobian, Tagger(batch_first=False), X)
 # ----------------------------
 # ``vmap`` has no rule for the recurrent layers, in double precision on a CPU. A forward
 # pass says so. ``vmap(jacrev)`` breaks them into smaller operations, and then raises at
-# one that works in place. The cells, such as ``nn.LSTMCell``, raise, too. With other
-# types and devices other code may run, and other texts appear.
+# one that works in place. ``nn.LSTMCell`` raises, too. With other types and devices
+# other code may run, and other texts appear.
 
 
 def vmap_jacobian(model, X):
@@ -174,8 +172,8 @@ class Cell(nn.LSTMCell):
         return super().forward(x)[0]
 
 
-fails("Batching rule not implemented for aten::lstm.input", vmap(lstm), X)
 for model in lstm, Tagger(nn.GRU), Tagger(nn.RNN):
+    fails("Batching rule not implemented for aten::", vmap(model), X)
     fails("doesn't match the broadcast shape", vmap_jacobian, model, X)
 fails("doesn't match the broadcast shape", vmap_jacobian, Cell(D, H), torch.rand(N, D))
 
@@ -254,7 +252,9 @@ chain = nn.Sequential(lstm.embed, lstm.rnn, ReduceTuple(), lstm.head)
 assert_close(batchgrad_jacobian(extend_leaves(lstm), X), jacobian)
 by_chain = batchgrad_jacobian(extend(copy.deepcopy(chain)), X)
 assert_close(list(by_chain.values()), list(jacobian.values()))
-print("BatchGrad agrees with the loop, for the class and for the Sequential.")
+rnn = Tagger(nn.RNN)
+assert_close(batchgrad_jacobian(extend_leaves(rnn), X), loop_jacobian(rnn, X))
+print("BatchGrad agrees with the loop: LSTM in the class, in the Sequential, and RNN.")
 
 # %%
 # The limits: one layer, one direction, the batch first, no ``padding_idx``, no GRU. Two
@@ -297,12 +297,12 @@ assert_close(converted["rnn.lstm_1.weight_hh_l0"], expected["rnn.weight_hh_l1"])
 print("BatchGrad after the converter agrees with the loop for two layers.")
 
 # %%
-# Wrong without an error
-# ----------------------
+# Initial and final state of an LSTM
+# ----------------------------------
 # BackPACK's rule starts from a hidden state of zeros, and uses the outputs of the layer
 # only. With another initial state, or if the model uses the final state as well as the
 # outputs, ``BatchGrad`` is wrong, and nothing is said. With the final state alone it
-# raises. Take the last output instead, which is the same number.
+# raises. Take the last output instead, which has the same values.
 
 
 class Initial(Tagger):
@@ -351,9 +351,9 @@ print("BatchGrad with the last output agrees with the loop for the final state."
 # %%
 # Transformer
 # -----------
-# The encoder has attention, ``LayerNorm``, dropout, and a parameter of its own for the
-# positions. Token 0 is padding: other tokens must not see it. In training mode dropout
-# is random, and each call has another Jacobian: take eval mode.
+# The encoder has attention, ``LayerNorm`` and dropout. The model adds a parameter of
+# its own for the positions. Token 0 is padding: other tokens must not see it. In
+# training mode dropout is random, and each call has another Jacobian: take eval mode.
 
 
 class Transformer(nn.Module):
@@ -396,9 +396,11 @@ packed = "Batching rule not implemented for aten::_nested_tensor_from_mask"
 fails(packed, vmap_jacobian, transformer, Z)
 torch.backends.mha.set_fastpath_enabled(False)
 fails("There is a performance drop", vmap_jacobian, transformer, Z)
+with warnings.catch_warnings(action="ignore"):
+    assert_close(vmap_jacobian(transformer, Z), J_transformer)
 with sdpa_kernel(SDPBackend.MATH):
     assert_close(vmap_jacobian(transformer, Z), J_transformer)
-print("vmap(jacrev) with plain attention agrees with the loop.")
+print("vmap(jacrev) agrees with the loop, with the warning and with plain attention.")
 
 # %%
 # Padding
@@ -420,15 +422,14 @@ print(
 )
 by_padding = J_transformer["embed.weight"][~padding][:, :, 0]
 assert_close(by_padding, torch.zeros_like(by_padding), rtol=0, atol=0)
-print(f"Rows that mean something: {list(by_padding.shape[:2])} of {list(fast.shape)}.")
+print(f"Outputs at tokens: {len(by_padding)} x {C} of {N} x {T} x {C}.")
 
 # %%
 # LayerNorm, GroupNorm, attention, a parameter of your own
 # --------------------------------------------------------
-# BackPACK has no rules for them: ``BatchGrad`` warns, stores nothing, and reading
-# ``grad_batch`` raises. ``SqrtGGNExact`` raises. Nothing is missing for the methods
-# without rules: ``sample_loop_jacobian``, or ``vmap_jacobian`` where ``vmap`` has
-# rules.
+# BackPACK has no rules for them: ``BatchGrad`` stores nothing, and reading
+# ``grad_batch`` raises. ``SqrtGGNExact`` raises. ``sample_loop_jacobian`` takes them as
+# they are; ``vmap_jacobian``, too, with plain attention.
 
 
 class Scale(nn.Module):
@@ -464,12 +465,13 @@ for name, (layer, inputs) in cases.items():
     print(f"{name}: vmap_jacobian and sample_loop_jacobian agree with the loop.")
 
 # %%
-# Which output depends on which token
-# -----------------------------------
+# Dependence of outputs on tokens
+# -------------------------------
 # Row ``t``, column ``s`` shows the derivative of the outputs of token ``t`` with
-# respect to the embedding of token ``s``: its norm, averaged over the samples. What is
-# exactly zero is gray and holds a ``0``. An LSTM reads from left to right, a
-# transformer reads everything, and one with a causal mask does not look ahead.
+# respect to the embedding of token ``s``: its norm, averaged over the samples. Each map
+# is divided by its own maximum. What is exactly zero is gray and holds a ``0``. An LSTM
+# reads from left to right, a transformer reads everything, and one with a causal mask
+# does not look ahead.
 
 
 def token_influence(model, X, embed="embed"):
@@ -510,17 +512,21 @@ for ax, (name, values) in zip(axes, maps.items()):
     ax.set_title(name, fontsize=11)
     ax.set(xlabel="embedding s", xticks=range(T), yticks=range(T))
 axes[0].set_ylabel("output of token t")
-label = "norm of the derivative, relative to the largest"
+label = "norm of the derivative / maximum of each map"
 fig.colorbar(image, ax=axes, label=label, location="bottom", aspect=40)
 plt.show()
 
 # %%
 # Which method to take
 # --------------------
-# - Any model: ``sample_loop_jacobian`` in eval mode. It tells you if samples mix.
+# - Any model whose samples do not mix: ``sample_loop_jacobian`` in eval mode. It raises
+#   if a sample alone has other outputs.
 # - Transformers: ``vmap_jacobian`` without the fast path, with plain attention.
 # - LSTM: ``UnrolledLSTM`` for ``vmap``, or ``BatchGrad`` inside its limits. Compare.
-#
-# Next: ``scale/universal_jacobian.py`` needs no rules, and costs as little as one
-# sample at a time. The alternative: ``trust/layer_support.py`` lists which layer works
-# where.
+
+# %%
+# Where to go next
+# ----------------
+# Next: ``scale/universal_jacobian.py`` takes these models, with ``nn.Flatten()`` at
+# their end, and checks its result. The alternative: ``trust/layer_support.py`` lists
+# which layer works where.
