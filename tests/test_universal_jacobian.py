@@ -1,14 +1,18 @@
 """``batched_jacobian`` of ``universal_jacobian.py``, on what its page lacks."""
 
 import copy
+import inspect
 import re
+import warnings
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 quick = hypothesis.settings(
     deadline=None, max_examples=60, derandomize=True, database=None
@@ -34,7 +38,7 @@ def page(taught):
 @pytest.fixture(scope="module", params=["structure", "whole batch"])
 def way(request, page):
     """Send tiny models the way of large ones, or the way of tiny ones."""
-    names = page["batched_jacobian"].__globals__
+    names = inspect.unwrap(page["batched_jacobian"]).__globals__
     before, names["SMALL"] = names["SMALL"], 0 if request.param == "structure" else 1e99
     yield request.param
     names["SMALL"] = before
@@ -239,6 +243,136 @@ def test_operations_that_vmap_does_not_know(jacobian, loop):
     assert_close(dict(jacobian(model, words)), loop(dense, words))
 
 
+def warned(x, w):
+    warnings.warn("soon", DeprecationWarning, stacklevel=2)
+    return x * w
+
+
+def only_whole_batches(x, w):
+    assert len(x) == 5, "the model wants the whole batch"
+    return x * w
+
+
+def adds_in_place(x, w):
+    return x.add_(w)
+
+
+def in_single(x, w):
+    return (x.float() * w.float()).double()
+
+
+@pytest.mark.filterwarnings("ignore:soon")
+@pytest.mark.parametrize(
+    "function", [warned, only_whole_batches, adds_in_place, in_single]
+)
+def test_modules_that_cannot_run_on_a_sample_alone(function, jacobian, loop):
+    middle = Lambda(lambda x: function(x, middle.w), w=torch.rand(3))
+    model, X = nn.Sequential(mlp(4, 3), middle, mlp(3, 2)), torch.rand(5, 4)
+    assert_close(dict(jacobian(model, X)), loop(model, X))
+
+
+def test_mixed_types(jacobian, loop):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = mlp(4, 3).float(), mlp(3, 2)
+
+        def forward(self, X):
+            return self.last(torch.tanh(self.first(X.float())).double())
+
+    model, X = Mixed(), torch.rand(5, 4)
+    result = jacobian(model, X)
+    assert result["first.0.weight"].dtype == torch.float32
+    assert_close(dict(result), loop(model, X))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_samples_that_mix_under_no_grad(grad, jacobian, loop):
+    layers = nn.BatchNorm1d(6), nn.Tanh(), Lambda(lambda x: x - x.mean(0))
+    model, X = nn.Sequential(mlp(4, 6), *layers, mlp(6, 2)), torch.rand(5, 4)
+    expected = loop(copy.deepcopy(model), X)
+    with torch.set_grad_enabled(grad):
+        assert_close(dict(jacobian(model, X)), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-30, 1e30, 1e160])
+def test_scales_do_not_blind_the_check(scale, jacobian, loop):
+    layers = nn.BatchNorm1d(6), nn.Tanh(), mlp(6, 2), Lambda(lambda x: scale * x)
+    model, X = nn.Sequential(mlp(4, 6), *layers), torch.rand(5, 4)
+    expected = loop(copy.deepcopy(model), X)
+    result = jacobian(model, X)
+    for name in ("0.0.weight", "3.0.weight"):
+        assert_close(result[name] / scale, expected[name] / scale)
+
+
+def test_a_small_part_of_the_gradient_is_checked(jacobian, loop):
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.large, self.small = mlp(4, 2), mlp(4, 3, 2)
+
+        def forward(self, X):
+            small = self.small(X)
+            return 1e8 * self.large(X) + small - small.mean(0)
+
+    model, X = Parts().float(), torch.rand(5, 4).float()
+    expected = loop(model, X)
+    result = jacobian(model, X)
+    for name in ("small.0.weight", "small.2.weight"):
+        assert_close(result[name], expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_pruned_and_reparametrized_layers(jacobian, loop):
+    model = nn.Sequential(mlp(4, 6), nn.LayerNorm(6), mlp(6, 2))
+    prune.random_unstructured(model[0][0], "weight", 0.5)
+    prune.random_unstructured(model[1], "weight", 0.4)
+    X = torch.rand(5, 4)
+    assert_close(dict(jacobian(model, X)), loop(model, X))
+
+
+def test_random_numbers_are_drawn_once(jacobian):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, 0.5, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0].flatten(1)
+
+    model, X = Noisy(), torch.rand(5, 3, 4)
+    torch.manual_seed(1)
+    model(X)
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    jacobian(model, X)
+    assert torch.rand(1) == after
+
+
+def test_buffers_that_a_checkpoint_changes_again_are_put_back(jacobian):
+    body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.last = body, nn.Linear(6, 2)
+
+        def forward(self, X):
+            return self.last(checkpoint(self.body, X, use_reentrant=False))
+
+    model, X = Checkpointed(), torch.rand(5, 4)
+    before = state(model, X)
+    jacobian(model, X)
+    assert_same(state(model, X), before)
+
+
+def test_weight_that_no_layer_reads(jacobian, loop):
+    layer = nn.Linear(4, 3)
+    model = Lambda(lambda X: (layer(X), X @ layer.weight.T)[1])
+    model.layer = layer
+    X = torch.rand(5, 4)
+    assert_close(dict(jacobian(model, X)), loop(model, X))
+
+
 def test_keyword_arguments_and_no_grad(jacobian, loop):
     class Masked(nn.Module):
         def __init__(self):
@@ -286,7 +420,7 @@ def test_a_wrong_rule_costs_time_not_truth(rule, page, loop, monkeypatch):
             return {name: 1.01 * block for name, block in result.items()}
         return [1.01 * part for part in result]
 
-    names = page["batched_jacobian"].__globals__
+    names = inspect.unwrap(page["batched_jacobian"]).__globals__
     original = names[rule]
     monkeypatch.setitem(names, "SMALL", 0)
     monkeypatch.setitem(names, rule, lambda *args: scaled(original(*args)))
@@ -298,7 +432,7 @@ def test_a_wrong_rule_costs_time_not_truth(rule, page, loop, monkeypatch):
 
 
 def test_the_last_way_is_the_definition(page, loop, monkeypatch):
-    names = page["batched_jacobian"].__globals__
+    names = inspect.unwrap(page["batched_jacobian"]).__globals__
     monkeypatch.setitem(names, "SMALL", 1e99)
     monkeypatch.setattr(page["Check"], "fails", lambda *args: True)
     model, X = mlp(4, 6, 3), torch.randn(5, 4)
@@ -366,6 +500,16 @@ def test_bad_out_raises_and_changes_nothing(message, jacobian):
         jacobian(model, X, out=out)
     assert not any(torch.as_tensor(block).any() for block in out.values())
     assert_same(state(model, X), before)
+
+
+def test_out_in_memory_of_a_gradient_raises(jacobian):
+    model, X = mlp(4, 3), torch.rand(5, 4)
+    out = {name: torch.zeros(5, 3, *p.shape) for name, p in model.named_parameters()}
+    model[0].bias.grad = out["0.bias"][0, 0]
+    with pytest.raises(ValueError, match=r"0.bias.* share memory"):
+        jacobian(model, X, out=out)
+    with pytest.raises(ValueError, match="out must be a dict, but is list"):
+        jacobian(model, X, out=[out])
 
 
 @pytest.mark.parametrize("owner", ["X", "0.weight", "1.running_mean"])
