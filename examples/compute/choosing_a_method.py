@@ -48,7 +48,7 @@ SWEEPS = {
 CHUNKED = {"MLP": (64, 8, 96), "CNN": (64, 8, 5)}  # N, C, width
 CHUNKS = {"vmap": [(1, None), (16, None)], "jacrev": [(None, 1), (None, 4)]}
 THREADS = 1
-LIMIT = 0.04  # a method leaves a sweep after a call that takes more seconds
+LIMIT = 0.03  # a method leaves a sweep after a call that takes more seconds
 TIE = 1.2  # the ratio of two medians that we call a tie
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -255,7 +255,7 @@ def quartiles(function, *args):
     """Return the three quartiles of the seconds that ``function(*args)`` takes."""
     names = {"f": function, "args": args}
     timer = Timer("f(*args)", globals=names, num_threads=THREADS)
-    times = timer.adaptive_autorange(min_run_time=0.005, max_run_time=0.03).times
+    times = timer.adaptive_autorange(min_run_time=0.005, max_run_time=0.015).times
     return torch.tensor(times).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
 
 
