@@ -34,7 +34,7 @@ html: $(BUILD)/fresh
 
 test: html lint
 	@$(VENV)/bin/python tests/browser.py
-	@$(VENV)/bin/python -m pytest -c tests/pytest.ini tests -n 2 --dist loadfile
+	@$(VENV)/bin/python -m pytest -c tests/pytest.ini tests -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/installed
 	@$(VENV)/bin/python tests/bench.py
