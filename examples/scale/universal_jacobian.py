@@ -122,7 +122,7 @@ def copies(module):
 def restored(model):
     """Put back the attributes and the buffers that a call changes."""
     before = [(vars(module), dict(vars(module))) for module in model.modules()]
-    buffers = copies(model)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
@@ -130,8 +130,8 @@ def restored(model):
             now.clear()
             now.update(attributes)
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+            for buffer, values in buffers:
+                buffer.copy_(values)
 
 
 class Call(NamedTuple):
@@ -411,7 +411,8 @@ def from_layer(layer, own, made, params, check):
                 dense.append((name, block.transpose(0, 1), bound))
         if rest:
             values = {k: params[name].detach().clone() for k, name in rest.items()}
-            result = from_module(layer, call, values, deltas)
+            with torch.random.fork_rng([delta.device] * delta.is_cuda):
+                result = from_module(layer, call, values, deltas)
             dense += [(rest[local], b, frobenius(b)) for local, b in result.items()]
     if pairs:
         yield from from_factors(layer, own, pairs, check.u)
@@ -563,7 +564,9 @@ def allocate(shape, like):
 def culprit(model, X, params):
     """Name the first module whose output cannot be differentiated, with its shapes."""
     names = {module: name or "the model" for name, module in model.named_modules()}
-    for module, made in forward(model, X, names)[1].items():
+    with torch.random.fork_rng([X.device] * X.is_cuda):
+        _, calls = forward(model, X, names)
+    for module, made in calls.items():
         for call in made:
             outputs = [t.sum() for t in call.outputs.values()]
             inputs = [*call.inputs, *module.parameters()]
@@ -612,11 +615,12 @@ def prepare(out, fs, params, model, X):
     if set(out) != set(params):
         raise ValueError(f"out must have the names {list(params)}, but has {list(out)}")
     for name, p in params.items():
-        got, wanted = out[name], f"{[*fs.shape, *p.shape]}, {p.dtype}, on {p.device}"
+        got, shape = out[name], (*fs.shape, *p.shape)
         if not is_tensor(got):
             got = type(got).__name__
             raise ValueError(f"out[{name!r}] must be a tensor, but is {got}")
-        if f"{list(got.shape)}, {got.dtype}, on {got.device}" != wanted:
+        if (got.shape, got.dtype, got.device) != (shape, p.dtype, p.device):
+            wanted = f"{list(shape)}, {p.dtype}, on {p.device}"
             got = f"{list(got.shape)}, {got.dtype}, on {got.device}"
             raise ValueError(f"out[{name!r}] must be {wanted}, but is {got}")
         if not got.is_contiguous() or got.requires_grad:
@@ -679,16 +683,13 @@ def batched_jacobian(model, X, *, out=None):
         J.method, names = {}, list(params)
         own = owners(model, calls, N) if watched else {}
         made = [call for layer in own for call in calls.get(layer, ())]
-        with torch.random.fork_rng([fs.device] * fs.is_cuda):  # modules run again
-            try:
-                check = Check(
-                    fs, params, [edge for call in made for edge in call.edges]
-                )
-            except RuntimeError as error:
-                where = culprit(model, X, params)
-                raise RuntimeError(f"cannot differentiate {where}: {error}") from error
-            if watched:
-                names = structured(J, fs, calls, own, params, check)
+        try:
+            check = Check(fs, params, [edge for call in made for edge in call.edges])
+        except RuntimeError as error:
+            where = culprit(model, X, params)
+            raise RuntimeError(f"cannot differentiate {where}: {error}") from error
+        if watched:
+            names = structured(J, fs, calls, own, params, check)
         if names:
             parts = fs.split(1) if watched else [fs]
             names = whole_batch(J, names, parts, params, check)
