@@ -100,8 +100,9 @@ print(f"delta {list(delta.shape)} and a {list(a.shape)} give J {list(block.shape
 # gradient edge: the output's place in the graph at that moment.
 #
 # A forward pass can change a model: batch norm moves its running statistics, a module
-# may assign an attribute. ``forward`` passes copies of the buffers, and puts hooks and
-# attributes back, also after an error. Random layers draw their numbers as ever.
+# may assign an attribute. ``forward`` passes copies of the buffers, and removes its
+# hooks, also after an error. ``restored`` puts attributes and buffers back. Random
+# layers draw their numbers as ever.
 
 
 def frobenius(x):
@@ -540,7 +541,7 @@ for title, block in {"right": right, "one entry off by 1e-6": wrong}.items():
 # A program that asks for a large array gets addresses. The memory behind them comes
 # page by page, when it is first written: each time the system stops the program, finds
 # a page and clears it. On Linux we can ask for pages of 2 MB instead of 4 kB. What that
-# gains is measured below.
+# changes is measured below.
 
 
 def allocate(shape, like):
