@@ -1,0 +1,168 @@
+"""The functions of ``error_bars.py`` on other data, models and seeds."""
+
+import copy
+
+import numpy
+import pytest
+import torch
+from torch import nn
+from torch.autograd.functional import hessian, jacobian
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+
+
+@pytest.fixture(scope="module")
+def page(taught):
+    return taught("use/error_bars")
+
+
+def net(*widths):
+    layers = [nn.Linear(a, b) for a, b in zip(widths, widths[1:])]
+    return nn.Sequential(layers[0], nn.GELU(), *layers[1:]).double()
+
+
+def dense_jacobian(model, X):
+    """Return ``[N, C, P]``, made by another part of autograd."""
+    params = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+    shapes = [p.shape for p in params.values()]
+    theta = torch.cat([p.flatten() for p in params.values()])
+
+    def outputs(theta):
+        parts = theta.split([shape.numel() for shape in shapes])
+        values = (part.view(shape) for part, shape in zip(parts, shapes))
+        return functional_call(model, dict(zip(params, values)), (X,))
+
+    return jacobian(outputs, theta), theta
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_bars_are_those_of_the_posterior(page, seed, frozen):
+    torch.manual_seed(seed)
+    model, X, X_new = net(4, 5, 3), torch.randn(11, 4), torch.randn(7, 4)
+    Y = model(X).detach() + 0.3 * torch.randn(11, 3)
+    model[0].weight.requires_grad_(not frozen)
+    before = copy.deepcopy(model.state_dict())
+    sd, ridge = page["error_bars"](model, X, Y, X_new)
+    J, theta = dense_jacobian(model, X)
+    J_new, _ = dense_jacobian(model, X_new)
+    H = ridge.lambda_ * torch.eye(len(theta))
+    H += ridge.alpha_ * torch.einsum("ncp,ncq->pq", J, J)
+    variance = (J_new @ H.inverse() * J_new).sum(2) + 1 / ridge.alpha_
+    assert_close(sd, variance.sqrt())
+    target = torch.einsum("ncp,nc->p", J, Y - model(X).detach() + J @ theta)
+    mean = ridge.alpha_ * torch.linalg.solve(H, target)
+    assert_close(torch.from_numpy(ridge.coef_), mean)
+    assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_evidence_is_at_its_maximum(page):
+    torch.manual_seed(3)
+    model, X = net(3, 6, 2), torch.randn(40, 3)
+    Y = model(X).detach() + 0.5 * torch.randn(40, 2)
+    _, ridge = page["error_bars"](model, X, Y, X)
+    J, theta = dense_jacobian(model, X)
+    target = (Y - model(X).detach() + J @ theta).flatten()
+    K = torch.einsum("np,mp->nm", J.flatten(0, 1), J.flatten(0, 1))
+
+    def evidence(prior, noise):
+        normal = torch.distributions.MultivariateNormal(
+            torch.zeros(80), prior * K + noise * torch.eye(80)
+        )
+        return normal.log_prob(target)
+
+    best = [1 / ridge.lambda_, 1 / ridge.alpha_]
+    for factors in (1.5, 1), (1 / 1.5, 1), (1, 1.5), (1, 1 / 1.5):
+        other = [b * factor for b, factor in zip(best, factors)]
+        assert evidence(*best) > evidence(*other)
+
+
+def test_keeps_the_dtype_and_names_wrong_shapes(page):
+    torch.manual_seed(4)
+    model, X, Y = net(4, 5, 3).float(), torch.randn(9, 4).float(), torch.randn(9, 3)
+    sd, _ = page["error_bars"](model, X, Y.float(), X[:2])
+    assert sd.shape == (2, 3) and sd.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"\[9\], model\(X\) \[9, 3\]"):
+        page["error_bars"](model, X, Y[:, 0].float(), X)
+
+
+def test_covers_for_other_seeds(page):
+    results = []
+    for seed in 21, 22, 23:
+        torch.manual_seed(seed)
+        X, Y, X_test, Y_test = page["split"](seed)
+        model = page["regression"](X, Y)
+        sd, _ = page["error_bars"](model, X, Y, X_test)
+        fs, residual = model(X_test).detach(), (Y - model(X)).detach().std()
+        plain, laplace = (page["score"](Y_test, fs, bar) for bar in (residual, sd))
+        assert plain[0] < 0.85 and 0.9 < laplace[0] < 1 and laplace[1] < plain[1]
+        results.append(laplace[0])
+    assert abs(torch.stack(results).mean() - 0.95) < 0.04
+
+
+def test_score_is_that_of_a_normal_distribution(page):
+    torch.manual_seed(5)
+    fs, sd = torch.randn(5000, 1), torch.rand(5000, 1) + 0.5
+    Y = fs + sd * torch.randn(5000, 1)
+    coverage, nll = page["score"](Y, fs, sd)
+    assert_close(nll, -torch.distributions.Normal(fs, sd).log_prob(Y).mean())
+    assert abs(coverage - 0.95) < 0.01
+
+
+@pytest.mark.parametrize("precision", [0.2, 3.0])
+def test_precision_is_the_hessian_of_the_linear_model(page, precision):
+    torch.manual_seed(6)
+    model, X = net(3, 4, 5), torch.randn(8, 3)
+    J, theta = dense_jacobian(model, X)
+    fs, y = model(X).detach(), torch.arange(8) % 5
+
+    def loss(change):
+        prior = precision / 2 * (theta + change).square().sum()
+        return cross_entropy(fs + J @ change, y, reduction="sum") + prior
+
+    H = page["softmax_precision"](J, fs, precision)
+    assert_close(H, hessian(loss, torch.zeros_like(theta)))
+
+
+def test_confidence_is_the_integral(page):
+    torch.manual_seed(7)
+    model, X = net(3, 4, 2), torch.randn(6, 3)
+    J, theta = dense_jacobian(model, X)
+    fs = model(X).detach()
+    S = page["softmax_precision"](J, fs, 0.5).inverse()
+    difference = J[:, 0] - J[:, 1]
+    sd = (difference @ S * difference).sum(1).sqrt()
+    points, weights = map(torch.tensor, numpy.polynomial.hermite_e.hermegauss(60))
+    logits = (fs[:, 0] - fs[:, 1])[:, None] + sd[:, None] * points
+    exact = (logits.sigmoid() * weights).sum(1) / weights.sum()
+    assert_close(
+        page["confidence"](J, fs, S, draws=40000)[:, 0], exact, rtol=0, atol=0.01
+    )
+    assert_close(page["confidence"](J, fs, 1e-20 * S), fs.softmax(1))
+
+
+@pytest.mark.parametrize("N, D, C", [(7, 3, 5), (4, 6, 2)])
+def test_last_layer_needs_no_jacobian(page, N, D, C):
+    torch.manual_seed(8)
+    model, X = net(3, D, C), torch.randn(N, 3)
+    phi = page["last_inputs"](model, X)
+    for p in model[:-1].parameters():
+        p.requires_grad_(False)
+    J, _ = dense_jacobian(model, X)  # weight [C, D], then bias [C]
+    J = torch.cat([J[..., :-C].unflatten(2, (C, D)), J[..., -C:, None]], 3).flatten(2)
+    s, B, A = torch.rand(C, D + 1) + 0.1, torch.randn(C, C), torch.randn(D + 1, D + 1)
+    B, A = B @ B.T, A @ A.T
+    diagonal = (J @ s.flatten().diag() * J).sum(2)
+    assert_close(page["diagonal_variance"](phi, s), diagonal)
+    S = (torch.kron(B, A) + 0.4 * torch.eye(C * (D + 1))).inverse()
+    kronecker = (J @ S * J).sum(2)
+    assert_close(page["kronecker_variance"](phi, B, A, 0.4), kronecker)
+
+
+def test_the_universal_jacobian_takes_the_place_of_the_recipe(page, taught):
+    torch.manual_seed(9)
+    model, X = net(4, 5, 6, 3), torch.randn(7, 4)
+    batched_jacobian = taught("scale/universal_jacobian")["batched_jacobian"]
+    assert_close(dict(batched_jacobian(model, X)), page["vmap_jacrev"](model, X))
