@@ -130,7 +130,7 @@ def test_confidence_is_the_integral(page):
     torch.manual_seed(7)
     model, X = net(3, 4, 2), torch.randn(6, 3)
     J, theta = dense_jacobian(model, X)
-    fs = model(X).detach()
+    fs = 3 * model(X).detach()
     S = torch.randn(len(theta), len(theta))
     scale = torch.linspace(0.5, 0.01, len(theta))  # far from a multiple of the identity
     S = scale[:, None] * (S @ S.T) * scale
@@ -140,7 +140,7 @@ def test_confidence_is_the_integral(page):
     logits = (fs[:, 0] - fs[:, 1])[:, None] + sd[:, None] * points
     exact = (logits.sigmoid() * weights).sum(1) / weights.sum()
     assert_close(
-        page["confidence"](J, fs, S, draws=40000)[:, 0], exact, rtol=0, atol=0.01
+        page["confidence"](J, fs, S, draws=40000)[:, 0], exact, rtol=0, atol=0.003
     )
     assert_close(page["confidence"](J, fs, 1e-20 * S), fs.softmax(1))
 
@@ -161,10 +161,3 @@ def test_last_layer_needs_no_jacobian(page, N, D, C):
     S = (torch.kron(B, A) + 0.4 * torch.eye(C * (D + 1))).inverse()
     kronecker = (J @ S * J).sum(2)
     assert_close(page["kronecker_variance"](phi, B, A, 0.4), kronecker)
-
-
-def test_the_universal_jacobian_takes_the_place_of_the_recipe(page, taught):
-    torch.manual_seed(9)
-    model, X = net(4, 5, 6, 3), torch.randn(7, 4)
-    batched_jacobian = taught("scale/universal_jacobian")["batched_jacobian"]
-    assert_close(dict(batched_jacobian(model, X)), page["vmap_jacrev"](model, X))
