@@ -107,9 +107,8 @@ X, Y, X_test, Y_test = split(seed=0)
 model = regression(X, Y)
 sd, ridge = error_bars(model, X, Y, X_test)
 inside = (Y_test - model(X_test)).abs() < 1.96 * sd
-print(
-    f"{inside.double().mean():.0%} of {len(X_test)} test targets are in their interval."
-)
+inside = inside.double().mean()
+print(f"{inside:.0%} of {len(X_test)} test targets are in their interval.")
 
 # %%
 # Without a Jacobian, the nearest thing to an error bar is the standard deviation of the

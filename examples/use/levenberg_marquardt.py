@@ -239,8 +239,11 @@ for (name, runs), color in zip(curves.items(), ["#E69F00", "#56B4E9", "#D55E00"]
     for run in runs:
         label = name if run is runs[0] else None
         ax.semilogy(*zip(*run), color=color, linewidth=3, label=label)
-worst = max(run[-1][1] for run in curves["Levenberg-Marquardt"])
-ax.set_title(f"{steps} Levenberg-Marquardt steps: error at most {worst:.0e}")
+worst = {name: max(run[-1][1] for run in runs) for name, runs in curves.items()}
+title = "Largest error at the end: " + ", ".join(
+    f"{k} {v:.0e}" for k, v in worst.items()
+)
+ax.set_title(title)
 ax.set(xlabel="seconds", ylabel="relative error of the solution")
 ax.legend()
 plt.show()
