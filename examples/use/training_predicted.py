@@ -31,7 +31,7 @@ images, labels = torch.tensor(digits.data) / 16, torch.tensor(digits.target)
 images, labels = images[torch.isin(labels, keep)], labels[torch.isin(labels, keep)]
 
 
-def draw(seed, width):
+def draw_digits(seed, width):
     """Return training images, their one-hot targets, test images, and a network."""
     torch.manual_seed(seed)
     train, test = torch.randperm(len(images))[:160].split([60, 100])
@@ -55,7 +55,7 @@ def jacobian_kernel(J, other):
     return sum(torch.tensordot(a, b, ([2], [2])) for a, b in blocks)
 
 
-X, targets, Z, model = draw(seed=0, width=256)
+X, targets, Z, model = draw_digits(seed=0, width=256)
 J, J_test = vmap_jacrev(model, X), vmap_jacrev(model, Z)
 K, K_test = jacobian_kernel(J, J), jacobian_kernel(J_test, J)
 error, start = (targets - model(X)).detach(), model(Z).detach()
@@ -184,9 +184,9 @@ plt.show()
 # fold: How the widths are compared
 
 
-def study(seed, width):
+def width_study(seed, width):
     """Return the errors of prediction and linear model, agreement, and K's trace."""
-    X, targets, Z, model = draw(seed, width)
+    X, targets, Z, model = draw_digits(seed, width)
     J, error, start = vmap_jacrev(model, X), targets - model(X), model(Z)
     K, K_test = jacobian_kernel(J, J), jacobian_kernel(vmap_jacrev(model, Z), J)
     predicted = start + predicted_change(K, K_test, error, longest_step(K), steps[-1:])
@@ -202,7 +202,9 @@ def study(seed, width):
 # Over five seeds, the mean, and the range of the error:
 
 seeds, widths = [1, 2, 3, 4, 5], [8, 32, 128, 512]
-results = torch.tensor([[study(seed, width) for seed in seeds] for width in widths])
+results = torch.tensor(
+    [[width_study(seed, width) for seed in seeds] for width in widths]
+)
 for width, result in zip(widths, results):
     mean, low, high = result.mean(0), result.amin(0), result.amax(0)
     spread = f"{mean[0]:.1%} ({low[0]:.1%} to {high[0]:.1%}), same class {mean[2]:.0%}"
@@ -215,8 +217,13 @@ for i, (label, color) in enumerate([("NTK", "#0072B2"), ("linear model", "#D55E0
     ax.fill_between(widths, values.amin(1), values.amax(1), color=color, alpha=0.25)
     ax.plot(widths, values.mean(1), "o-", color=color, label=label)
 ax.set(xscale="log", yscale="log", xlabel="width", ylabel="error after training")
-ax.set_xticks(widths, widths, minor=False)
-ax.set_title("Prediction before training: range over five seeds")
+ax.set_xticks(widths, widths)
+ax.set_yticks([0.05, 0.1, 0.2, 0.5], ["5%", "10%", "20%", "50%"])
+ax.minorticks_off()
+first, last = results[0, :, 0].mean(), results[-1, :, 0].mean()
+ax.set_title(
+    f"Error of the prediction: {first:.0%} to {last:.0%}, linear model beside it"
+)
 ax.legend()
 plt.show()
 
