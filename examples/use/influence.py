@@ -251,7 +251,8 @@ for name in studies[0][0]:
         least = min(each)
 
 # %%
-# The picture has the three seeds in three colors.
+# The picture has the three seeds in three colors. Ranks are more reliable than sizes:
+# where the second derivatives of the network matter, the step has another length.
 
 fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
 for (guess, change), color in zip(studies, ("#0072B2", "#E69F00", "#009E73")):
