@@ -2,8 +2,8 @@ r"""
 Private training with clipped gradients
 =======================================
 
-After this page you can train a network so that no single training sample can be read
-off its weights (DP-SGD): clip the gradient of each sample, add noise, and say how much
+After this page you can bound how much any single training sample shows in the weights
+of a network (DP-SGD): clip the gradient of each sample, add noise, and say how much
 privacy that buys and how much accuracy it costs. You also see two ways to get it wrong.
 """
 
