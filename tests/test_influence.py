@@ -1,0 +1,128 @@
+"""The functions of ``influence.py``, on other data and seeds than the page's."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+
+
+@pytest.fixture(scope="module")
+def names(taught):
+    default, threads = torch.get_default_dtype(), torch.get_num_threads()
+    yield taught("use/influence")
+    torch.set_default_dtype(default)
+    torch.set_num_threads(threads)
+
+
+def make(seed, N=11, D=5, C=3):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, C)).double()
+    return model, torch.randn(N, D, dtype=torch.float64), torch.randint(C, (N,))
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_linear_layers_are_exact(seed, names):
+    torch.manual_seed(seed)
+    N, D, C, decay = 13, 4, 2, 0.7
+    X, Y = torch.randn(N, D).double(), torch.randn(N, C).double()
+    ridge = {"alpha": decay, "fit_intercept": False, "solver": "svd"}
+    linear = nn.Linear(D, C, bias=False).double()
+    fitted = Ridge(**ridge).fit(X.numpy(), Y.numpy())
+    e = torch.from_numpy(fitted.predict(X.numpy())) - Y
+    rows = names["flat"](names["vmap_jacrev"](linear, X))
+    L = torch.eye(C).double().expand(N, C, C)
+    steps = names["steps_without"](rows, L, e, decay)
+    for n in range(N):
+        keep = np.arange(N) != n
+        other = Ridge(**ridge).fit(X[keep].numpy(), Y[keep].numpy())
+        assert_close(steps[n], torch.from_numpy(other.coef_ - fitted.coef_).flatten())
+
+
+@pytest.mark.parametrize("decay", [0.1, 3.0])
+def test_steps_solve_the_system_without_the_sample(decay, names):
+    model, X, y = make(seed=5)
+    e, L = names["derivatives"](model(X), y)
+    rows = names["flat"](names["vmap_jacrev"](model, X))
+    steps = names["steps_without"](rows, L, e, decay)
+    for n in range(len(X)):
+        keep = torch.arange(len(X)) != n
+        G = sum(J.T @ H @ J for J, H in zip(rows[keep], L[keep]))
+        G = G + decay * torch.eye(rows.shape[2]).double()
+        assert_close(G @ steps[n], rows[n].T @ e[n])
+
+
+def test_derivatives_are_those_of_the_loss(names):
+    model, X, y = make(seed=6)
+    fs = model(X).detach()
+    e, L = names["derivatives"](fs, y)
+    for n in range(len(X)):
+
+        def loss(f, n=n):
+            return cross_entropy(f, y[n])
+
+        assert_close(e[n], torch.func.grad(loss)(fs[n]))
+        assert_close(L[n], torch.func.jacrev(torch.func.jacrev(loss))(fs[n]))
+
+
+def test_projection_is_one_seeded_matrix(names):
+    model, X, _ = make(seed=7)
+    jacobian = names["vmap_jacrev"](model, X)
+    P = sum(p.numel() for p in model.parameters())
+    eye = dict(zip(jacobian, torch.eye(P).double().split([20, 4, 12, 3], 1)))
+    R = names["project"]({k: b[:, None] for k, b in eye.items()}, 6, seed=1)[:, 0]
+    assert_close(names["project"](jacobian, 6, 1), names["flat"](jacobian) @ R)
+    assert not torch.allclose(
+        names["project"](jacobian, 6, 2), names["flat"](jacobian) @ R
+    )
+    wide = names["project"]({k: b[:, None] for k, b in eye.items()}, 20000, seed=3)[
+        :, 0
+    ]
+    assert ((wide @ wide.T) - torch.eye(P)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 50])
+def test_rows_on_disk(chunk, names, tmp_path):
+    model, X, _ = make(seed=8)
+    expected = names["flat"](names["vmap_jacrev"](model, X))
+    rows = names["write_rows"](tmp_path / "rows", model, X, chunk)
+    assert_close(torch.from_numpy(np.array(rows)), expected)
+    assert (tmp_path / "rows").stat().st_size == expected.nbytes
+
+
+def test_single_precision(names):
+    model, X, y = make(seed=9)
+    e, L = names["derivatives"](model(X), y)
+    rows = names["flat"](names["vmap_jacrev"](model, X))
+    steps = names["steps_without"](rows, L, e, 2.0)
+    small = names["steps_without"](rows.float(), L.float(), e.float(), 2.0)
+    assert_close(small, steps.float(), rtol=1e-4, atol=1e-5)
+    jacobian = {"p": rows.float()}
+    assert names["project"](jacobian, 6, 1).dtype == torch.float32
+
+
+def test_bad_shapes_raise(names):
+    rows, e, L = torch.ones(4, 3, 5), torch.ones(4, 3), torch.ones(4, 3, 3)
+    for bad in (e.T, L), (e, L[:, :2]), (e[:, 0], L):
+        with pytest.raises(ValueError, match=r"rows \[4, 3, 5\] do not fit to e \["):
+            names["steps_without"](rows, bad[1], bad[0], 1.0)
+
+
+def test_another_seed_predicts_what_training_again_does(names):
+    guesses, change = names["study"](seed=11, count=10)
+    assert names["correlation"](guesses["influence"], change) > 0.8
+
+
+def test_page_shows_what_it_claims(names):
+    each = [names["correlation"](g["influence"], c) for g, c in names["studies"]]
+    assert min(each) > 0.9
+    for rival in "gradients", "own loss":
+        rivals = [names["correlation"](g[rival], c) for g, c in names["studies"]]
+        assert np.mean(each) > np.mean(rivals)
+    assert names["right"]["harmful"] > 2 * names["right"]["random"]
+    means = [np.mean(names["found"][k]) for k in names["sizes"]]
+    assert means == sorted(means)
+    stopped = names["correlation"](names["guess"]["influence"], names["change"])
+    assert stopped < min(each)

@@ -1,0 +1,171 @@
+"""The functions of ``private_training.py``, on other data and seeds than the page's.
+
+opacus 1.6.0 installs beside the pins with ``pip install --no-deps opacus opt-einsum``,
+and needs torch >= 2.6. It is no requirement of the tests. Where it is installed, they
+compare with it; everywhere they compare with figures that it gave.
+"""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+
+# q, sigma, steps, delta: epsilon by opacus 1.6.0, get_privacy_spent of compute_rdp in
+# opacus.accountants.analysis.rdp, with the whole orders 2 to 128.
+OPACUS = {
+    (0.01, 1.1, 1000, 1e-5): 1.725290818044953,
+    (200 / 1200, 3.3, 200, 1e-4): 2.9953554010843937,
+    (0.25, 5.0, 50, 1e-3): 1.0771347510635183,
+    (1.0, 10.0, 20, 1e-5): 1.916192839412861,
+}
+MODELS = {
+    "two layers": lambda: [nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)],
+    "no bias": lambda: [nn.Linear(6, 4, bias=False), nn.ReLU(), nn.Linear(4, 3)],
+    "one layer": lambda: [nn.Linear(6, 3)],
+    "deep": lambda: [
+        *(nn.Linear(6, 7), nn.GELU(), nn.Linear(7, 5), nn.SiLU()),
+        *(nn.Linear(5, 4, bias=False), nn.Sigmoid(), nn.Linear(4, 3)),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def names(taught):
+    default, threads = torch.get_default_dtype(), torch.get_num_threads()
+    yield taught("use/private_training")
+    torch.set_default_dtype(default)
+    torch.set_num_threads(threads)
+
+
+def make(model, seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(*MODELS[model]()).double()
+    return model, 3 * torch.randn(8, 6, dtype=torch.float64), torch.randint(3, (8,))
+
+
+def gradients(model, X, y):
+    """Return the gradient [N, P] of each sample's loss, from one backward pass each."""
+    rows = []
+    for n in range(len(X)):
+        loss = cross_entropy(model(X[n : n + 1]), y[n : n + 1])
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        rows.append(torch.cat([grad.flatten() for grad in grads]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("bound", [0.1, 2.0, 1e9])
+def test_sum_of_clipped_gradients(model, bound, names):
+    model, X, y = make(model, seed=3)
+    expected = gradients(model, X, y)
+    assert_close(names["sample_gradients"](model, X, y), expected)
+    total, norms = names["clipped_gradient"](model, X, y, bound)
+    assert_close(norms, expected.norm(dim=1))
+    clipped = torch.stack([g * min(1.0, bound / g.norm().item()) for g in expected])
+    assert_close(torch.cat([t.flatten() for t in total]), clipped.sum(0))
+    assert [t.shape for t in total] == [p.shape for p in model.parameters()]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_one_sample_moves_the_sum_by_the_bound_at_most(names):
+    model, X, y = make("deep", seed=4)
+    X[2] *= 1e4
+    whole, _ = names["clipped_gradient"](model, X, y, 0.5)
+    for n in range(len(X)):
+        keep = torch.arange(len(X)) != n
+        rest, _ = names["clipped_gradient"](model, X[keep], y[keep], 0.5)
+        moved = torch.cat([(a - b).flatten() for a, b in zip(whole, rest)])
+        assert moved.norm() < 0.5 + 1e-9
+
+
+def test_empty_batch_and_zero_gradient(names):
+    model, X, y = make("two layers", seed=5)
+    total, norms = names["clipped_gradient"](model, X[:0], y[:0], 1.0)
+    assert norms.shape == (0,)
+    assert not any(t.any() for t in total)
+
+
+def test_bad_models_raise(names):
+    _, X, y = make("one layer", seed=6)
+    clip = names["clipped_gradient"]
+    with pytest.raises(TypeError, match="no rule for LayerNorm"):
+        clip(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 3)).double(), X, y, 1.0)
+    shared = nn.Linear(6, 6).double()
+    with pytest.raises(ValueError, match="layers share a parameter"):
+        clip(nn.Sequential(shared, nn.Tanh(), shared), X, y, 1.0)
+    wide = nn.Sequential(nn.Linear(6, 3).double(), nn.Unflatten(1, (3, 1)))
+    with pytest.raises(ValueError, match=r"outputs \[8, 3, 1\] are not \[N, C\]"):
+        clip(wide, X, y, 1.0)
+
+
+@pytest.mark.parametrize("case", OPACUS)
+def test_epsilon_is_that_of_opacus(case, names):
+    assert math.isclose(
+        names["epsilon"](*case, range(2, 129)), OPACUS[case], rel_tol=1e-10
+    )
+
+
+def test_opacus_where_it_is_installed(names):
+    if importlib.util.find_spec("opacus"):
+        from opacus import GradSampleModule
+        from opacus.accountants.analysis import rdp
+
+        orders = list(range(2, 129))
+        for q, sigma, steps, delta in OPACUS:
+            spent = rdp.compute_rdp(
+                q=q, noise_multiplier=sigma, steps=steps, orders=orders
+            )
+            expected = rdp.get_privacy_spent(orders=orders, rdp=spent, delta=delta)[0]
+            found = names["epsilon"](q, sigma, steps, delta, orders)
+            assert math.isclose(found, expected, rel_tol=1e-10)
+        model, X, y = make("deep", seed=7)
+        expected = names["sample_gradients"](model, X, y)
+        wrapped = GradSampleModule(model, loss_reduction="sum")
+        cross_entropy(wrapped(X), y, reduction="sum").backward()
+        samples = [p.grad_sample.flatten(1) for p in wrapped.parameters()]
+        assert_close(torch.cat(samples, 1), expected)
+
+
+def test_more_noise_costs_less(names):
+    epsilon = names["epsilon"]
+    assert epsilon(0.1, 3.0, 100, 1e-5) < epsilon(0.1, 2.0, 100, 1e-5)
+    assert epsilon(0.1, 2.0, 100, 1e-5) < epsilon(0.1, 2.0, 200, 1e-5)
+    assert epsilon(0.1, 2.0, 100, 1e-5) < epsilon(0.2, 2.0, 100, 1e-5)
+    assert epsilon(0.1, 2.0, 100, 1e-4) < epsilon(0.1, 2.0, 100, 1e-5)
+
+
+@pytest.mark.parametrize("target", [0.5, 2.0, 20.0])
+def test_noise_for_a_target(target, names):
+    sigma = names["noise_for"](target, 0.05, 300, 1e-5)
+    assert 0.999 * target < names["epsilon"](0.05, sigma, 300, 1e-5) <= target
+
+
+@pytest.mark.parametrize(
+    "bad", [(0, 1, 1, 0.1), (2, 1, 1, 0.1), (0.1, 0, 1, 0.1), (0.1, 1, 0, 0.1)]
+)
+def test_bad_numbers_raise(bad, names):
+    with pytest.raises(ValueError, match="out of range"):
+        names["epsilon"](*bad)
+    with pytest.raises(ValueError, match="no noise from"):
+        names["noise_for"](1e-9, 0.1, 100, 1e-5)
+
+
+def test_training_on_other_data_and_seed(names):
+    torch.manual_seed(8)
+    X = torch.randn(600, 64, dtype=torch.float64)
+    y = 4 * (X[:, 0] > 0).long()
+    options = {"bound": 0.5, "q": 0.2, "steps": 60, "lr": 2}
+    model = names["train"](X[:500], y[:500], 9, 1.0, **options)
+    assert (model(X[500:]).argmax(1) == y[500:]).double().mean() > 0.7
+
+
+def test_page_shows_what_it_claims(names):
+    found = {name: sum(values) / 3 for name, values in names["found"].items()}
+    assert found["epsilon 1"] < found["epsilon 3"] < found["no privacy"]
+    assert found["epsilon 8"] < found["no privacy"]
+    assert found["epsilon 3, noise for a mean loss"] < found["epsilon 1"]
+    assert names["accuracy"] < found["epsilon 1"]
