@@ -16,6 +16,7 @@ language = "en"
 extensions = [
     "mathml",
     "pages",
+    "tutorial",
     "sphinx.ext.intersphinx",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
