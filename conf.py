@@ -20,6 +20,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
+    "take_away",
 ]
 exclude_patterns = ["_build", "auto_examples/index.rst"]  # index.rst includes it
 nitpicky = True  # a broken reference is a warning, and so an error
@@ -42,6 +43,20 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "min_reported_time": float("inf"),
     "write_computation_times": False,
+}
+# Files to import, made at build time: name: (tutorial, functions that it has to hold).
+take_away = {
+    "jacobians": ("compute/torch_func_jacobians", ["jacobians"]),
+    "check_jacobian": ("trust/silent_failures", ["check_jacobian"]),
+    "verdicts": ("trust/layer_support", ["verdicts"]),
+    "memory_plan": (
+        "scale/jacobians_without_memory",
+        ["memory_plan", "jacobian_chunks"],
+    ),
+    "ntk": (
+        "scale/jacobians_without_memory",
+        ["ntk", "jacobian_factors", "squared_norms"],
+    ),
 }
 # Local inventories of the names that the tutorials use: no request at build time.
 intersphinx_mapping = {

@@ -1,16 +1,11 @@
 """The parts of a tutorial's page that its script does not have."""
 
 import ast
-import sys
 
 import pytest
-from conftest import ROOT
 from docutils import nodes
 from docutils.core import publish_doctree
-
-sys.path.insert(0, str(ROOT / "docs" / "_ext"))
-
-from tutorial import details, fold, packages  # noqa: E402
+from tutorial import details, fold, packages
 
 CELL = """
 Title

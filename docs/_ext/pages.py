@@ -58,7 +58,7 @@ def first_paragraph(doctree):
 
 
 def with_size(image, outdir):
-    """Return the tag of a tutorial's figure with its size: nothing jumps as it loads."""
+    """Return the tag of a figure with its size, so that nothing jumps as it loads."""
     png = Path(outdir, "_images", image[1]).read_bytes()
     width, height = struct.unpack(">II", png[16:24])
     return f'{image[0]}width="{width}" height="{height}" '

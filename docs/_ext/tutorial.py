@@ -77,7 +77,7 @@ def lift_figure(document, script):
 
 
 def introduce(document, script):
-    """Say below the title what the page needs, and offer the script and the notebook."""
+    """Say below the title what the page needs; offer the script and the notebook."""
     byline = nodes.paragraph("", "", classes=["byline"])
     links = {link["reftarget"]: link for link in document.findall(download_reference)}
     for kind, ending in {"Script": ".py", "Notebook": ".ipynb"}.items():
