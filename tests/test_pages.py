@@ -2,10 +2,13 @@
 
 import importlib
 import re
+import runpy
 from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 from conftest import EXAMPLES, PAGES, ROOT, SITE, TUTORIALS, UNSTABLE, parse
+
+ROOMS = {name.partition("/")[0] for name in TUTORIALS if "/" in name}
 
 pages = pytest.mark.parametrize("page", PAGES)
 
@@ -78,6 +81,36 @@ def test_downloads_are_the_source(tutorial):
     ).read_bytes()
     generated = ROOT / "docs" / "auto_examples" / f"{tutorial}.ipynb"
     assert (SITE / files["ipynb"]).read_bytes() == generated.read_bytes()
+
+
+def test_menu_and_next_follow_the_order_of_the_configuration():
+    order = runpy.run_path(str(ROOT / "conf.py"))["tutorial_order"]
+    menu = parse("index.html").select_one(".wy-menu")
+    captions = [caption.text for caption in menu.select("p.caption")]
+    assert captions[0] == "Start" and len(captions) >= 1 + len({*ROOMS} & {*order})
+    links = [link["href"] for link in menu.select(".toctree-l1 > a")]
+    tutorials = [link for link in links if link.startswith("auto_examples/")]
+    expected = [f"{room}/{name}" for room in order for name in order[room]]
+    expected = [name for name in expected if name in TUTORIALS]
+    others = sorted(name for name in TUTORIALS if "/" not in name)
+    assert tutorials[: len(others)] == [f"auto_examples/{name}.html" for name in others]
+    listed = [link for link in tutorials if link[14:-5] in expected]
+    assert listed == [f"auto_examples/{name}.html" for name in expected]
+    for page, following in zip(links, links[1:]):
+        link = parse(page).find("a", rel="next")["href"]
+        assert urljoin(page, link) == following
+
+
+def test_cards_show_their_first_sentence():
+    cards = parse("index.html").select(".sphx-glr-thumbcontainer")
+    assert len(cards) == len(TUTORIALS)
+    for card in cards:
+        page = parse(card.a["href"])
+        description = page.find("meta", attrs={"name": "description"})["content"]
+        description = description.translate(str.maketrans("’“”", '\'""'))
+        said = card.select_one(".card-text").text
+        assert 20 < len(said) and description.startswith(said[:-1])
+        assert not card.has_attr("tooltip")
 
 
 @pytest.mark.parametrize("tutorial", TUTORIALS)

@@ -11,7 +11,7 @@ from pathlib import Path
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from pages import EXAMPLES, GALLERY
-from sphinx.errors import ExtensionError
+from sphinx.errors import ConfigError
 from tutorial import details, packages
 
 FOLDER = "take"
@@ -120,7 +120,7 @@ def write_files(app):
             text = module(source, functions, introduction)
         except (OSError, LookupError) as error:
             text = f"conf.py, take_away, {name}: examples/{tutorial}.py {error}"
-            raise ExtensionError(text) from error
+            raise ConfigError(text) from error
         needs = ", ".join(package for _, package in packages(ast.parse(text)))
         facts = f"{len(text.splitlines())} lines, needs {needs or 'only Python'}"
         FILES[name] = {"tutorial": tutorial, "functions": functions, "facts": facts}

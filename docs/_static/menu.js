@@ -13,3 +13,16 @@ document.addEventListener("DOMContentLoaded", () => {
     if (event.key === "Escape" && open()) button.click();
   });
 });
+
+// What scrolls takes the keyboard's focus, and nothing else that only shows code.
+document.addEventListener("DOMContentLoaded", () => {
+  const sizes = new ResizeObserver((entries) => {
+    for (const { target } of entries) {
+      const scrolls =
+        target.scrollWidth > target.clientWidth || target.scrollHeight > target.clientHeight;
+      if (scrolls) target.tabIndex = 0;
+      else target.removeAttribute("tabindex");
+    }
+  });
+  for (const box of document.querySelectorAll(".document :is(pre, div.math)")) sizes.observe(box);
+});
