@@ -57,6 +57,11 @@ def first_paragraph(doctree):
     return next(p for p in paragraphs if "byline" not in p["classes"])
 
 
+def describe(doctree):
+    """Return what the page is for, in one line."""
+    return " ".join(first_paragraph(doctree).astext().split())
+
+
 def with_size(image, outdir):
     """Return the tag of a figure with its size, so that nothing jumps as it loads."""
     png = Path(outdir, "_images", image[1]).read_bytes()
@@ -71,7 +76,7 @@ def complete(app, pagename, templatename, context, doctree):
     if pagename == "404":  # served under any path, so its links start from the site's
         context["metatags"] += f'<base href="{app.config.html_baseurl or "/"}">'
     if doctree:
-        text = " ".join(first_paragraph(doctree).astext().split())
+        text = describe(doctree)
     else:
         text = f"{context['project']}: {OTHER_PAGES[pagename]}."
     context["metatags"] += f'<meta name="description" content="{escape(text)}">'
