@@ -107,6 +107,15 @@ def module(source, functions, introduction):
     return text
 
 
+def says(tree, function):
+    """Return the first paragraph of a function's docstring, as HTML."""
+    (found,) = [s for s in tree.body if getattr(s, "name", "") == function]
+    text = (ast.get_docstring(found) or "").partition("\n\n")[0]
+    return re.sub(
+        "``(.*?)``", r'<code class="docutils literal">\1</code>', escape(text)
+    )
+
+
 def write_files(app):
     """Write all files before the tutorials run, which takes longer to fail."""
     FILES.clear()
@@ -125,6 +134,7 @@ def write_files(app):
         facts = f"{len(text.splitlines())} lines, needs {needs or 'only Python'}"
         FILES[name] = {"tutorial": tutorial, "functions": functions, "facts": facts}
         FILES[name]["title"] = ast.get_docstring(ast.parse(source)).splitlines()[0]
+        FILES[name]["says"] = says(ast.parse(text), functions[0])
         if app.builder.format == "html":
             folder = Path(app.outdir, FOLDER)
             folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +176,8 @@ class TakeAway(Directive):
             env.note_dependency(str(EXAMPLES / f"{file['tutorial']}.py"))
             page = f"{'../' * env.docname.count('/')}{GALLERY}{file['tutorial']}.html"
             title = f'<a href="{page}#take-{name}">{escape(file["title"])}</a>'
-            items.append(f"<li>{link(name, env.docname)}, from {title}</li>")
+            said = f"{link(name, env.docname)}, from {title}. {file['says']}"
+            items.append(f"<li>{said}</li>")
         html = f'<ul class="simple">{"".join(items)}</ul>' if items else ""
         return [nodes.raw("", html, format="html")]
 
