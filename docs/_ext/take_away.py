@@ -15,6 +15,7 @@ from sphinx.errors import ConfigError
 from tutorial import details, packages
 
 FOLDER = "take"
+CODE = '<code class="docutils literal">'
 FILES = {}  # name: what ``offer`` and the directive say about the file
 
 
@@ -111,9 +112,7 @@ def says(tree, function):
     """Return the first paragraph of a function's docstring, as HTML."""
     (found,) = [s for s in tree.body if getattr(s, "name", "") == function]
     text = (ast.get_docstring(found) or "").partition("\n\n")[0]
-    return re.sub(
-        "``(.*?)``", r'<code class="docutils literal">\1</code>', escape(text)
-    )
+    return re.sub("``(.*?)``", rf"{CODE}\1</code>", escape(text))
 
 
 def write_files(app):
@@ -144,7 +143,7 @@ def write_files(app):
 def link(name, docname):
     """Return the link from a page to a file, and what there is to know about it."""
     uri = f"{'../' * docname.count('/')}{FOLDER}/{name}.py"
-    code = f'<code class="docutils literal">{name}.py</code>'
+    code = f"{CODE}{name}.py</code>"
     return f'<a href="{uri}" download>{code}</a> ({FILES[name]["facts"]})'
 
 
