@@ -73,6 +73,11 @@ def complete(app, pagename, templatename, context, doctree):
     """Add the description, a link to GitHub, versions, and the sizes of figures."""
     context["versions"] = ", ".join(" ".join(item) for item in VERSIONS.items())
     context.setdefault("metatags", "")
+    # The captions in the menu are headings, of a level that Sphinx leaves out.
+    menu = context["toctree"]
+    context["toctree"] = lambda **options: (menu(**options) or "").replace(
+        'role="heading"', 'role="heading" aria-level="2"'
+    )
     if pagename == "404":  # served under any path, so its links start from the site's
         context["metatags"] += f'<base href="{app.config.html_baseurl or "/"}">'
     if doctree:

@@ -25,4 +25,10 @@ document.addEventListener("DOMContentLoaded", () => {
     }
   });
   for (const box of document.querySelectorAll(".document :is(pre, div.math)")) sizes.observe(box);
+  // One stop for each target of the links in code, which may be the same on each line.
+  const seen = new Set();
+  for (const link of document.querySelectorAll("pre a[href]")) {
+    if (seen.has(link.href)) link.tabIndex = -1;
+    seen.add(link.href);
+  }
 });
