@@ -14,21 +14,53 @@ author = "the Batched Jacobians authors"
 copyright = f"2026, {author}"
 language = "en"
 extensions = [
+    "gallery",
     "mathml",
     "pages",
+    "tutorial",
     "sphinx.ext.intersphinx",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
+    "publish",
+    "take_away",
 ]
 exclude_patterns = ["_build", "auto_examples/index.rst"]  # index.rst includes it
 nitpicky = True  # a broken reference is a warning, and so an error
 
+# Rooms and tutorials in a learner's order; a tutorial that is not listed comes last.
+tutorial_order = {
+    "compute": ["torch_func_jacobians", "choosing_a_method", "models_and_outputs"],
+    "trust": [
+        "check_a_jacobian",
+        "layer_support",
+        "silent_failures",
+        "residual_networks",
+        "sequence_models",
+        "precision_and_randomness",
+    ],
+    "scale": [
+        "jacobians_without_memory",
+        "layer_structure",
+        "universal_jacobian",
+        "neural_tangent_kernel",
+        "distributed_jacobians",
+    ],
+    "use": [
+        "error_bars",
+        "training_predicted",
+        "levenberg_marquardt",
+        "influence",
+        "active_learning",
+        "private_training",
+    ],
+}
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",  # relative to docs/, as are the next two
     "gallery_dirs": "auto_examples",
     "backreferences_dir": "_build/backreferences",
     "filename_pattern": r"\.py$",  # the default runs files named plot_* only
-    "within_subsection_order": "FileNameSortKey",
+    "subsection_order": [f"../examples/{room}" for room in tutorial_order] + ["*"],
+    "within_subsection_order": "gallery.LearnersOrder",
     "nested_sections": False,  # the theme's menu needs one toctree for all rooms
     # A Python warning in a tutorial fails the build.
     "reset_modules": ("matplotlib", "pages.warnings_are_errors"),
@@ -41,6 +73,20 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "min_reported_time": float("inf"),
     "write_computation_times": False,
+}
+# Files to import, made at build time: name: (tutorial, functions that it has to hold).
+take_away = {
+    "jacobians": ("compute/torch_func_jacobians", ["jacobians"]),
+    "check_jacobian": ("trust/silent_failures", ["check_jacobian"]),
+    "verdicts": ("trust/layer_support", ["verdicts"]),
+    "memory_plan": (
+        "scale/jacobians_without_memory",
+        ["memory_plan", "jacobian_chunks"],
+    ),
+    "ntk": (
+        "scale/jacobians_without_memory",
+        ["ntk", "jacobian_factors", "squared_norms"],
+    ),
 }
 # Local inventories of the names that the tutorials use: no request at build time.
 intersphinx_mapping = {
@@ -66,10 +112,17 @@ html_show_sphinx = False  # its text stands outside every landmark
 
 def repository():
     """Return ``owner/name`` on GitHub, from the workflow or the clone, or nothing."""
+    if name := os.environ.get("GITHUB_REPOSITORY"):
+        return name
+    if not (ROOT / ".git").exists():  # a copy, perhaps inside another repository
+        return ""
     command = ["git", "-C", ROOT, "remote", "get-url", "origin"]
-    remote = subprocess.run(command, capture_output=True, text=True).stdout
+    try:
+        remote = subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:  # no git on this machine
+        return ""
     found = re.search(r"github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?$", remote.strip())
-    return os.environ.get("GITHUB_REPOSITORY") or (found[1] if found else "")
+    return found[1] if found else ""
 
 
 # Set by the workflow that publishes: the site's address and the notebooks' branch.

@@ -60,6 +60,10 @@ def serve(site, prefix=""):
                 time.sleep(0.2)
             super().do_GET()
 
+        def end_headers(self):
+            self.send_header("Cache-Control", "no-store")  # each visit is the first
+            super().end_headers()
+
         def send_error(self, code, message=None, explain=None):
             body = (site / "404.html").read_bytes()
             self.send_response(code)

@@ -84,6 +84,8 @@ def copy(tmp_path_factory):
     checkout(copy)
     for tutorial in TUTORIALS:
         (copy / "examples" / f"{tutorial}.py").write_text(GOOD.format(tutorial))
+    with (copy / "conf.py").open("a") as conf:
+        conf.write("take_away = {}  # there are no functions to take\n")
     assert make(copy, "html").returncode == 0
     return copy
 
@@ -198,6 +200,13 @@ def test_published_site(copy, built, chromium):
             assert links["Open in Colab"] == f"{colab}/notebooks/{tutorial}.ipynb"
             canonical = html.find("link", rel="canonical")["href"]
             assert canonical == f"{url}auto_examples/{tutorial}.html"
+            card = {meta["property"]: meta for meta in html.select("meta[property]")}
+            assert card["og:title"]["content"] in html.title.text
+            assert card["og:description"]["content"].startswith("It works")
+            image = card["og:image"]["content"].removeprefix(url)
+            assert (built / image).is_file() and image.endswith(".png")
+            for listing in "sitemap.xml", "llms.txt":
+                assert canonical in (built / listing).read_text()
 
         tab = chromium.new_page()
         failed = []

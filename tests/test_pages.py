@@ -2,10 +2,13 @@
 
 import importlib
 import re
+import runpy
 from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 from conftest import EXAMPLES, PAGES, ROOT, SITE, TUTORIALS, UNSTABLE, parse
+
+ROOMS = {name.partition("/")[0] for name in TUTORIALS if "/" in name}
 
 pages = pytest.mark.parametrize("page", PAGES)
 
@@ -60,15 +63,16 @@ def test_internal_links_and_anchors_resolve(page):
 @pages
 def test_images_have_a_text(page):
     for image in parse(page).select("[itemprop=articleBody] img"):
-        # A card's picture says nothing that the card's title does not.
-        in_card = image.find_parent(class_="sphx-glr-thumbcontainer")
-        assert bool(image["alt"]) or in_card
+        # A card says what its picture says; below a main figure stands its text.
+        beside = image.find_parent(class_=["sphx-glr-thumbcontainer", "lead-figure"])
+        assert bool(image["alt"]) != bool(beside)
+        assert not beside or beside.text.strip()
 
 
 @pytest.mark.parametrize("tutorial", TUTORIALS)
 def test_downloads_are_the_source(tutorial):
     page = f"auto_examples/{tutorial}.html"
-    links = parse(page).select(".sphx-glr-download a[download]")
+    links = parse(page).select(".byline a[download]")
     files = {
         link["href"].rpartition(".")[2]: urljoin(page, link["href"]) for link in links
     }
@@ -77,6 +81,66 @@ def test_downloads_are_the_source(tutorial):
     ).read_bytes()
     generated = ROOT / "docs" / "auto_examples" / f"{tutorial}.ipynb"
     assert (SITE / files["ipynb"]).read_bytes() == generated.read_bytes()
+
+
+def test_menu_and_next_follow_the_order_of_the_configuration():
+    order = runpy.run_path(str(ROOT / "conf.py"))["tutorial_order"]
+    menu = parse("index.html").select_one(".wy-menu")
+    captions = [caption.text for caption in menu.select("p.caption")]
+    assert captions[0] == "Start" and len(captions) >= 1 + len({*ROOMS} & {*order})
+    links = [link["href"] for link in menu.select(".toctree-l1 > a")]
+    tutorials = [link for link in links if link.startswith("auto_examples/")]
+    expected = [f"{room}/{name}" for room in order for name in order[room]]
+    expected = [name for name in expected if name in TUTORIALS]
+    others = sorted(name for name in TUTORIALS if "/" not in name)
+    assert tutorials[: len(others)] == [f"auto_examples/{name}.html" for name in others]
+    listed = [link for link in tutorials if link[14:-5] in expected]
+    assert listed == [f"auto_examples/{name}.html" for name in expected]
+    for page, following in zip(links, links[1:]):
+        link = parse(page).find("a", rel="next")["href"]
+        assert urljoin(page, link) == following
+
+
+def test_cards_show_their_first_sentence():
+    cards = parse("index.html").select(".sphx-glr-thumbcontainer")
+    assert len(cards) == len(TUTORIALS)
+    for card in cards:
+        page = parse(card.a["href"])
+        description = page.find("meta", attrs={"name": "description"})["content"]
+        description = description.translate(str.maketrans("’“”", '\'""'))
+        said = card.select_one(".card-text").text
+        assert 20 < len(said) and description.startswith(said[:-1])
+        assert not card.has_attr("tooltip")
+
+
+@pytest.mark.parametrize("tutorial", TUTORIALS)
+def test_first_screen_says_what_the_tutorial_needs(tutorial):
+    script = (EXAMPLES / f"{tutorial}.py").read_text()
+    byline = parse(f"auto_examples/{tutorial}.html").select_one("h1 + .byline").text
+    assert "Needs Python 3.11 or newer" in byline
+    for module, name in {"torch": "PyTorch", "backpack": "BackPACK"}.items():
+        used = re.search(rf"^ *(from|import) {module}\b", script, re.MULTILINE)
+        assert bool(re.search(rf"{name} \d+\.\d+", byline)) == bool(used)
+
+
+@pytest.mark.parametrize("tutorial", TUTORIALS)
+def test_main_figure_comes_first(tutorial):
+    html = parse(f"auto_examples/{tutorial}.html")
+    figures = html.select("img[srcset]")
+    if not figures:
+        return
+    lead, *figures = figures
+    number = re.search(
+        r"^# sphinx_gallery_thumbnail_number = (\d+)",
+        (EXAMPLES / f"{tutorial}.py").read_text(),
+        re.MULTILINE,
+    )
+    figure = figures[int(number[1]) - 1 if number else 0]
+    link = lead.find_parent("a")
+    assert html.find(id=link["href"].removeprefix("#")).find_next("img") is figure
+    assert [lead["src"], link.text] == [figure["src"], figure["alt"]]
+    assert lead.find_previous("pre") is None
+    assert lead["width"].isdigit() and lead["height"].isdigit()
 
 
 INVENTORIES = sorted((ROOT / "docs" / "_ext").glob("*.inv"))

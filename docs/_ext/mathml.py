@@ -25,8 +25,7 @@ def visit_inline(translator, node):
 
 
 def visit_block(translator, node):
-    # A formula that is wider than the page scrolls, so it takes the keyboard's focus.
-    start = translator.starttag(node, "div", CLASS="math", tabindex="0")
+    start = translator.starttag(node, "div", CLASS="math")
     translator.body.append(f"{start}{mathml(node, display=True)}</div>\n")
     raise nodes.SkipNode
 

@@ -2,6 +2,7 @@
 
 import platform
 import re
+import struct
 import warnings
 from html import escape
 from importlib.metadata import version
@@ -50,34 +51,53 @@ def link_tutorials(app, doctree, docname):
             literal.replace_self(link)
 
 
+def first_paragraph(doctree):
+    """Return the paragraph that says what the page is for."""
+    paragraphs = next(doctree.findall(nodes.section)).findall(nodes.paragraph)
+    return next(p for p in paragraphs if "byline" not in p["classes"])
+
+
+def describe(doctree):
+    """Return what the page is for, in one line."""
+    return " ".join(first_paragraph(doctree).astext().split())
+
+
+def with_size(image, outdir):
+    """Return the tag of a figure with its size, so that nothing jumps as it loads."""
+    png = Path(outdir, "_images", image[1]).read_bytes()
+    width, height = struct.unpack(">II", png[16:24])
+    return f'{image[0]}width="{width}" height="{height}" '
+
+
 def complete(app, pagename, templatename, context, doctree):
-    """Add the description, links to GitHub and Colab, versions and keyboard access."""
+    """Add the description, a link to GitHub, versions, and the sizes of figures."""
     context["versions"] = ", ".join(" ".join(item) for item in VERSIONS.items())
     context.setdefault("metatags", "")
+    # The captions in the menu are headings, of a level that Sphinx leaves out.
+    menu = context["toctree"]
+    context["toctree"] = lambda **options: (menu(**options) or "").replace(
+        'role="heading"', 'role="heading" aria-level="2"'
+    )
     if pagename == "404":  # served under any path, so its links start from the site's
         context["metatags"] += f'<base href="{app.config.html_baseurl or "/"}">'
     if doctree:
-        # The first paragraph below the title; above it is Sphinx-Gallery's note.
-        section = next(doctree.findall(nodes.section))
-        text = " ".join(next(section.findall(nodes.paragraph)).astext().split())
+        text = describe(doctree)
     else:
         text = f"{context['project']}: {OTHER_PAGES[pagename]}."
     context["metatags"] += f'<meta name="description" content="{escape(text)}">'
     if not doctree:
         return
 
-    repository, branch = context["repository"], context["notebook_branch"]
-    if repository:
-        edit = f"https://github.com/{repository}/edit/main/{source(pagename)}"
+    if context["repository"]:
+        edit = (
+            f"https://github.com/{context['repository']}/edit/main/{source(pagename)}"
+        )
         context["meta"] = {**(context["meta"] or {}), "github_url": edit}
-        if branch and pagename.startswith(GALLERY):
-            notebook = f"{branch}/{pagename.removeprefix(GALLERY)}.ipynb"
-            context["colab_url"] = (
-                f"https://colab.research.google.com/github/{repository}/blob/{notebook}"
-            )
-
-    # Whatever scrolls sideways must take the keyboard's focus.
-    context["body"] = context["body"].replace("<pre>", '<pre tabindex="0">')
+    context["body"] = re.sub(
+        r'<img src="[^"]*?/_images/([^"/]+\.png)" (?=srcset)',
+        lambda image: with_size(image, app.outdir),
+        context["body"],
+    )
 
 
 def write_dark_code_colors(app):

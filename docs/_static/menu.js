@@ -13,3 +13,22 @@ document.addEventListener("DOMContentLoaded", () => {
     if (event.key === "Escape" && open()) button.click();
   });
 });
+
+// What scrolls takes the keyboard's focus, and nothing else that only shows code.
+document.addEventListener("DOMContentLoaded", () => {
+  const sizes = new ResizeObserver((entries) => {
+    for (const { target } of entries) {
+      const scrolls =
+        target.scrollWidth > target.clientWidth || target.scrollHeight > target.clientHeight;
+      if (scrolls) target.tabIndex = 0;
+      else target.removeAttribute("tabindex");
+    }
+  });
+  for (const box of document.querySelectorAll(".document :is(pre, div.math)")) sizes.observe(box);
+  // One stop for each target of the links in code, which may be the same on each line.
+  const seen = new Set();
+  for (const link of document.querySelectorAll("pre a[href]")) {
+    if (seen.has(link.href)) link.tabIndex = -1;
+    seen.add(link.href);
+  }
+});
