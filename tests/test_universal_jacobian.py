@@ -126,7 +126,7 @@ def test_is_right_on_the_matrix_and_leaves_the_model(dtype, taught, jacobian, si
     methods = set()
     for name, case in matrix["cases"].items():
         model, X = case()
-        X = X.to(dtype) if X.is_floating_point() else X
+        model, X = model.to(dtype), X.to(dtype) if X.is_floating_point() else X
         torch.manual_seed(1)
         expected = matrix["reference"](copy.deepcopy(model), X)
         before = state(model, X)
@@ -284,7 +284,13 @@ def weight_of(shape, dtype=torch.float64):
     return nn.Parameter(torch.randn(shape, dtype=dtype))
 
 
+def shared():
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
 MODELS = {
+    "registered twice": shared,
     "a parameter without axes": lambda: own(
         lambda m, X: m.last(X) * m.w, w=weight_of([])
     ),
@@ -322,6 +328,18 @@ def test_models(name, jacobian, size):
     expected = definition(MODELS[name](), X)
     torch.manual_seed(1)
     assert_right(jacobian, MODELS[name](), X, expected)
+
+
+def with_a_hook():
+    model = mlp(4, 5, 3)
+    model[0].register_forward_hook(lambda layer, args, output: 2 * output)
+    return model
+
+
+@pytest.mark.parametrize("make", [with_a_hook, sharing_a_weight, shared])
+def test_structure_is_right_at_once(make, jacobian, names, monkeypatch):
+    monkeypatch.setitem(names, "LARGE", 0)
+    assert jacobian(make(), torch.rand(6, 4)).method == "linear layers"
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
