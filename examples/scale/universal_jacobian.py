@@ -570,8 +570,8 @@ norm_mlp = mlp(64, 128, 128, 10)
 for place in 1, 4:
     norm_mlp.insert(place, nn.LayerNorm(128))
 vit = Transformer(Patches(3, 32, 4, 4), 36, 10)
-gpt = Transformer(nn.Embedding(50, 32), 24, 50, causal=True)
-images, words = torch.rand(8, 3, 24, 24), torch.randint(50, (8, 24))
+gpt = Transformer(nn.Embedding(20, 32), 24, 20, causal=True)
+images, words = torch.rand(8, 3, 24, 24), torch.randint(20, (8, 24))
 models = {
     "MLP 784-256-256-10": (mlp(784, 256, 256, 10), torch.rand(64, 784)),
     "MLP 64-128-128-10": (mlp(64, 128, 128, 10), torch.rand(128, 64)),
