@@ -64,16 +64,11 @@ numbers = delta.numel() + a.numel()
 print(f"The autograd loop agrees: {numbers} numbers hold {block.numel()}.")
 
 # %%
-# Both factors from one pass
-# --------------------------
-# The other layers need a ``delta``, too. Add a zero to what a layer returns: the
-# derivative by this zero is ``delta``. A forward hook adds it, and notes the input
-# ``a``. ``jacrev`` differentiates by all zeros at once, and ``vmap`` does so for each
+# Delta of a hidden layer
+# -----------------------
+# Add a zero to what a layer returns: the derivative by this zero is ``delta``. A
+# forward hook adds it, ``jacrev`` differentiates by it, and ``vmap`` does so for each
 # sample.
-#
-# The zeros see all of a parameter's effect only if its layer is the one place that
-# reads it. So we run one sample first, and refuse what does not fit. Every trainable
-# parameter has to have its factors, or there is an error with its name.
 
 
 @contextmanager
@@ -84,6 +79,25 @@ def hooked(layers, hook):
     finally:
         for handle in handles:
             handle.remove()
+
+
+def f(zero, x):  # of one sample
+    with hooked([model[0]], lambda layer, args, output: output + zero):
+        return model(x[None])[0]
+
+
+delta = vmap(jacrev(f), (None, 0))(torch.zeros(7), X)
+block = torch.einsum("nco,ni->ncoi", delta, X)
+assert_close(block, expected["0.weight"])
+print(f"delta {list(delta.shape)} of the first layer is right, too.")
+
+# %%
+# All factors from one pass
+# -------------------------
+# One pass takes all zeros at once, and the hook notes each layer's input ``a``. The
+# zeros see all of a parameter's effect only if its layer is the one place that reads
+# it. So we run one sample first, and refuse what does not fit: every trainable
+# parameter has its factors, or there is an error with its name.
 
 
 def outer_factors(model, X):
