@@ -5,7 +5,6 @@ import functools
 import http.server
 import os
 import re
-import runpy
 import threading
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import browser
 import pytest
 from bs4 import BeautifulSoup
+from definitions import Definitions
 from playwright.sync_api import sync_playwright
 
 os.environ["MPLBACKEND"] = "Agg"
@@ -100,21 +100,25 @@ def site():
 
 @pytest.fixture(scope="session")
 def taught():
-    """Return a function that runs a tutorial once and returns its names."""
-    ran = {}
-
-    def run(tutorial):
-        if tutorial not in ran:
-            ran[tutorial] = runpy.run_path(str(EXAMPLES / f"{tutorial}.py"))
-        return ran[tutorial]
-
-    return run
+    """Return a function that returns the names of a tutorial, see ``Definitions``."""
+    return functools.cache(lambda name: Definitions(EXAMPLES / f"{name}.py"))
 
 
 def pytest_collection_modifyitems(items):
-    """Start with the files that take longest, so that no worker waits for another."""
-    first = ["test_browser", "test_tutorials", "test_build"]
-    items.sort(key=lambda item: [item.path.stem != name for name in first])
+    """Keep together what shares work, and start with the files that take longest."""
+    first = ["test_build", "test_choosing_a_method", "test_layer_support"]
+    last = [
+        "test_tutorials",
+        "test_browser",
+    ]  # small pieces: no worker waits at the end
+    order = {name: at for at, name in enumerate([*first, "others", *last])}
+    items.sort(key=lambda item: order.get(item.path.stem, order["others"]))
+    for item in items:
+        group = item.path.stem
+        if group == "test_tutorials":
+            group = item.callspec.params["tutorial"]
+        if group != "test_browser":
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_sessionfinish(session):
