@@ -89,7 +89,7 @@ $(BUILD)/fresh: $(VENV)/installed conf.py $(wildcard docs/_ext/*.*)
 	@rm -rf $(GENERATED) && mkdir -p $(BUILD) && touch $@
 
 stop = { echo "make: $(1)" >&2; exit 1; }
-install = $(PIP) --version >/dev/null \
+install = $(PIP) --help >/dev/null \
   || $(call stop,$(PIP) does not run. Try: rm -rf $(VENV)); \
   VIRTUAL_ENV="$(abspath $(VENV))" $(PIP) install -r $(1) \
   || $(call stop,could not install $(1). Is there a network?)

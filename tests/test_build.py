@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 
+import browser
 import pytest
 from bs4 import BeautifulSoup
 from conftest import ROOT, TUTORIALS, measures, serve
@@ -278,9 +279,29 @@ def test_environment_without_pip_is_named(bare):
     assert first_line(bare) == way_out
 
 
-def test_another_python_than_that_of_the_environment_is_named(copy):
+def test_another_python_than_that_of_the_environment_is_named(bare):
+    (bare / ".venv").symlink_to(ROOT / ".venv")
     expected = "make: .venv was made with another Python than echo. Try: rm -rf .venv"
-    assert first_line(copy, "PYTHON=echo") == expected
+    assert first_line(bare, "PYTHON=echo") == expected
+
+
+@pytest.mark.parametrize(
+    ("person", "ci", "answer", "expected"),
+    [
+        (False, "", "no one answers", True),
+        (True, "true", "no one answers", True),
+        (True, "", "y", True),
+        (True, "", "", False),
+        (True, "", "no", False),
+    ],
+)
+def test_a_person_is_asked_before_a_browser_is_installed(
+    person, ci, answer, expected, monkeypatch
+):
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: person, raising=False)
+    monkeypatch.setattr("builtins.input", lambda prompt: answer)
+    assert browser.agreed() == expected
 
 
 def test_nothing_generated_is_tracked():
