@@ -9,6 +9,8 @@ PIP = $(VENV)/bin/python -m pip
 PYTHON = $(shell for python in python3 python3.13 python3.12 python3.11; do \
   $$python -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null \
   && echo $$python && break; done)
+# A CUDA build of PyTorch says on stderr that it finds a toolkit, but no GPU.
+export TORCH_LOGS = -torch.utils.cpp_extension
 
 SPHINX = $(VENV)/bin/python -m sphinx -c .
 GENERATED = docs/auto_examples $(BUILD)/doctrees $(BUILD)/staging $(BUILD)/backreferences
@@ -90,7 +92,7 @@ $(BUILD)/fresh: $(VENV)/installed conf.py $(wildcard docs/_ext/*.*)
 
 stop = { echo "make: $(1)" >&2; exit 1; }
 install = $(PIP) --help >/dev/null \
-  || $(call stop,$(PIP) does not run. Try: rm -rf $(VENV)); \
+  || $(call stop,$(PIP) does not run. Install it or try: rm -rf $(VENV)); \
   VIRTUAL_ENV="$(abspath $(VENV))" $(PIP) install -r $(1) \
   || $(call stop,could not install $(1). Is there a network?)
 new_enough = $(1) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null

@@ -16,6 +16,7 @@ from definitions import Definitions
 from playwright.sync_api import sync_playwright
 
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["TORCH_LOGS"] = "-torch.utils.cpp_extension"  # see Makefile
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

@@ -275,8 +275,8 @@ def test_environment_whose_python_is_gone_or_old_is_named(python, bare):
 
 def test_environment_without_pip_is_named(bare):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare / ".venv"])
-    way_out = "make: .venv/bin/python -m pip does not run. Try: rm -rf .venv"
-    assert first_line(bare) == way_out
+    broken = "make: .venv/bin/python -m pip does not run."
+    assert first_line(bare) == f"{broken} Install it or try: rm -rf .venv"
 
 
 def test_another_python_than_that_of_the_environment_is_named(bare):
