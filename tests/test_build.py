@@ -171,7 +171,7 @@ def test_published_site(copy, built, chromium):
         )
         assert result.returncode == 0
 
-        for tutorial in TUTORIALS:
+        for tutorial in set(TUTORIALS) - set(REAL):
             page = built / "auto_examples" / f"{tutorial}.html"
             html = BeautifulSoup(page.read_text(), "html.parser")
             links = {link.text.strip(): link["href"] for link in html.select("a[href]")}
@@ -230,11 +230,6 @@ def test_two_builds_at_once_are_refused_in_one_line(copy, built):
         assert result.returncode != 0
         assert result.stdout.startswith("make: another make builds in this folder.")
         assert "Traceback" not in result.stdout
-
-
-def test_configuration_needs_no_git():
-    command = [sys.executable, "conf.py"]
-    subprocess.run(command, cwd=ROOT, env={"PATH": ""}, check=True)
 
 
 @pytest.fixture
