@@ -34,6 +34,9 @@ site: $(BUILD)/fresh
 	@$(if $(GONE),rm -rf $(BUILD)/doctrees $(BUILD)/staging \
 	  $(patsubst %.py,docs/auto_examples/%.*,$(GONE)))
 	@[ ! -e $(BUILD)/building ] || rm -rf $(BUILD)/doctrees
+	@# A published site has files that no build for another address removes.
+	@echo "$(SITE_URL)" | cmp -s - $(BUILD)/address || rm -rf $(BUILD)/staging
+	@echo "$(SITE_URL)" >$(BUILD)/address
 	@touch $(BUILD)/building
 	@$(SPHINX) -W -d $(BUILD)/doctrees docs $(BUILD)/staging \
 	  $(if $(PATTERN),-D "sphinx_gallery_conf.filename_pattern=$(PATTERN)") \
