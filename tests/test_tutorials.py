@@ -15,7 +15,7 @@ RAW_REST = re.compile(r":[a-z]+:`|^\.\. |`_+(?!\w)|\)_|^:\w+:", re.MULTILINE)
 # same code as the script, see test_page_and_notebook_hold_the_code_of_the_script.
 IN_A_KERNEL = [
     "batched_jacobians",
-    "compute/choosing_a_method",
+    "trust/silent_failures",
     "scale/distributed_jacobians",
 ]
 
