@@ -51,7 +51,7 @@ browser: $(VENV)/tests-installed
 	@$(VENV)/bin/python tests/browser.py
 
 test: browser html lint
-	@$(VENV)/bin/python -m pytest -c tests/pytest.ini tests -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(VENV)/bin/python -m pytest -c tests/pytest.ini tests -n 2 --no-loadscope-reorder
 
 bench: $(VENV)/installed
 	@$(VENV)/bin/python tests/bench.py

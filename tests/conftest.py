@@ -14,6 +14,7 @@ import pytest
 from bs4 import BeautifulSoup
 from definitions import Definitions
 from playwright.sync_api import sync_playwright
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["TORCH_LOGS"] = "-torch.utils.cpp_extension"  # see Makefile
@@ -106,20 +107,25 @@ def taught():
 
 
 def pytest_collection_modifyitems(items):
-    """Keep together what shares work, and start with the files that take longest."""
+    """Start with the files that take longest, and end with small pieces of work."""
     first = ["test_build", "test_choosing_a_method", "test_layer_support"]
-    last = [
-        "test_tutorials",
-        "test_browser",
-    ]  # small pieces: no worker waits at the end
-    order = {name: at for at, name in enumerate([*first, "others", *last])}
-    items.sort(key=lambda item: order.get(item.path.stem, order["others"]))
-    for item in items:
-        group = item.path.stem
-        if group == "test_tutorials":
-            group = item.callspec.params["tutorial"]
-        if group != "test_browser":
-            item.add_marker(pytest.mark.xdist_group(group))
+    order = [*first, "others", "test_tutorials", "test_browser"]
+    place = {name: at for at, name in enumerate(order)}
+    items.sort(key=lambda item: place.get(item.path.stem, place["others"]))
+
+
+class Scheduling(LoadScopeScheduling):
+    """Give a worker what shares work: a file, the tests of a tutorial, or one test."""
+
+    def _split_scope(self, nodeid):
+        file, _, test = nodeid.partition("::")
+        if file.endswith("test_tutorials.py"):
+            return test.partition("[")[2]
+        return nodeid if file.endswith("test_browser.py") else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return Scheduling(config, log)
 
 
 def pytest_sessionfinish(session):
