@@ -115,13 +115,16 @@ def pytest_collection_modifyitems(items):
 
 
 class Scheduling(LoadScopeScheduling):
-    """Give a worker what shares work: a file, the tests of a tutorial, or one test."""
+    """Give a worker what shares work: a file, the tests of a page, or a single test."""
 
     def _split_scope(self, nodeid):
         file, _, test = nodeid.partition("::")
         if file.endswith("test_tutorials.py"):
             return test.partition("[")[2]
-        return nodeid if file.endswith("test_browser.py") else file
+        if file.endswith("test_browser.py"):
+            page = re.search(r"[\w/]+\.html", test)
+            return page[0] if page else nodeid
+        return file
 
 
 def pytest_xdist_make_scheduler(config, log):
