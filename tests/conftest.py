@@ -108,7 +108,12 @@ def taught():
 
 def pytest_collection_modifyitems(items):
     """Start with the files that take longest, and end with small pieces of work."""
-    first = ["test_build", "test_choosing_a_method", "test_layer_support"]
+    first = [
+        "test_build",
+        "test_active_learning",
+        "test_choosing_a_method",
+        "test_layer_support",
+    ]
     order = [*first, "others", "test_tutorials", "test_browser"]
     place = {name: at for at, name in enumerate(order)}
     items.sort(key=lambda item: place.get(item.path.stem, place["others"]))

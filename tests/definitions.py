@@ -47,7 +47,8 @@ class Definitions(dict):
     """The names of a tutorial.
 
     Asked for a name, execute what makes it, if that is definitions and assignments,
-    one after the other. If it takes more than that, run the tutorial.
+    one after the other. If it takes more than that, run the tutorial. The default type
+    is set at once.
     """
 
     def __init__(self, script):
@@ -60,6 +61,7 @@ class Definitions(dict):
             statement.changes &= data
         self.namespace = {"__name__": "<run_path>", "__file__": self.script}
         self.done, self.results = [], None
+        self.execute(self.makers(None))  # the settings
 
     def makers(self, name):
         """Return the statements that make a name, or ``None`` if it takes a run."""
@@ -74,15 +76,18 @@ class Definitions(dict):
             needed = needed.union(*(s.reads for s in found))
         return found
 
+    def execute(self, statements):
+        for statement in statements:
+            if statement not in self.done:
+                self.done.append(statement)
+                exec(statement.code, self.namespace)
+
     def __missing__(self, name):
         makers = self.makers(name)
         if makers is None:
             self.results = self.results or runpy.run_path(self.script)
             self[name] = self.results[name]
         else:
-            for statement in makers:
-                if statement not in self.done:
-                    self.done.append(statement)
-                    exec(statement.code, self.namespace)
+            self.execute(makers)
             self[name] = self.namespace[name]
         return self[name]

@@ -1,10 +1,13 @@
 """A function of a tutorial is taken with what it needs, results from a whole run."""
 
 import pytest
+import torch
 from definitions import Definitions
 
 TUTORIAL = """
 import math
+import torch
+torch.set_default_dtype(torch.float64)
 print("it runs")
 scale = 2
 table = {"one": 1}
@@ -53,8 +56,11 @@ fill(table)
 def test_only_what_needs_a_run_runs(ask, answer, runs, tmp_path, capsys):
     script = tmp_path / "tutorial.py"
     script.write_text(TUTORIAL)
+    torch.set_default_dtype(torch.float32)
     names = Definitions(script)
+    assert torch.get_default_dtype() == torch.float64
     assert ask(names) == ask(names) == answer
     assert capsys.readouterr().out == "it runs\n" * runs
     with pytest.raises(KeyError):
         names["missing"]
+    torch.set_default_dtype(torch.float32)
