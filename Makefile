@@ -5,36 +5,53 @@ BUILD = docs/_build
 PORT = 8000
 PATTERN =
 PIP = $(VENV)/bin/python -m pip
-# The first of these that is new enough. Searched for only when .venv is made.
+# The first of these that is new enough. Searched for only if there is no .venv.
 PYTHON = $(shell for python in python3 python3.13 python3.12 python3.11; do \
   $$python -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null \
   && echo $$python && break; done)
+# A CUDA build of PyTorch says on stderr that it finds a toolkit, but no GPU.
+export TORCH_LOGS = -torch.utils.cpp_extension
 
-SPHINX = $(VENV)/bin/python -m sphinx -c . -d $(BUILD)/doctrees
+SPHINX = $(VENV)/bin/python -m sphinx -c .
 GENERATED = docs/auto_examples $(BUILD)/doctrees $(BUILD)/staging $(BUILD)/backreferences
 # Tutorials that were renamed or removed, but have copies: their pages must go, too.
 scripts = $(patsubst $(1)/%,%,$(wildcard $(1)/*.py $(1)/*/*.py))
 GONE = $(filter-out $(call scripts,examples),$(call scripts,docs/auto_examples))
 
-.PHONY: html test bench lint serve linkcheck clean help
+.PHONY: html site browser test bench lint serve linkcheck clean help venv
 
-html: $(BUILD)/fresh
+# The lock ends with the process that holds the file, however that ends.
+LOCK = mkdir -p $(BUILD); exec 9>$(BUILD)/lock; $(VENV)/bin/python -c \
+  "import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)" 2>/dev/null \
+  || $(call stop,another make builds in this folder. Try again when it is done.)
+
+html: $(VENV)/installed
+	@$(LOCK); $(MAKE) --no-print-directory site
+
+# Only a complete site replaces the last one. After a build that failed or was
+# interrupted all pages are read again, since Sphinx repeats a warning only then.
+site: $(BUILD)/fresh
 	@$(if $(GONE),rm -rf $(BUILD)/doctrees $(BUILD)/staging \
 	  $(patsubst %.py,docs/auto_examples/%.*,$(GONE)))
-	@# Only a complete site replaces the last one. After a failure all pages are read
-	@# again, since Sphinx repeats a warning only if it reads the page again.
-	@$(SPHINX) -W docs $(BUILD)/staging \
+	@[ ! -e $(BUILD)/building ] || rm -rf $(BUILD)/doctrees
+	@# A published site has files that no build for another address removes.
+	@echo "$(SITE_URL)" | cmp -s - $(BUILD)/address || rm -rf $(BUILD)/staging
+	@echo "$(SITE_URL)" >$(BUILD)/address
+	@touch $(BUILD)/building
+	@$(SPHINX) -W -d $(BUILD)/doctrees docs $(BUILD)/staging \
 	  $(if $(PATTERN),-D "sphinx_gallery_conf.filename_pattern=$(PATTERN)") \
-	|| { rm -rf $(BUILD)/doctrees; \
-	  echo "make html: failed. $(BUILD)/html is as it was before." >&2; exit 1; }
+	|| $(call stop,the build failed. $(BUILD)/html is as it was before.)
+	@rm $(BUILD)/building
 	@diff -rqx ".buildinfo*" $(BUILD)/staging $(BUILD)/html >/dev/null 2>&1 || { \
 	  rm -rf $(BUILD)/next && cp -R $(BUILD)/staging $(BUILD)/next \
 	  && rm -rf $(BUILD)/next/.buildinfo* $(BUILD)/html && mv $(BUILD)/next $(BUILD)/html; }
 	@echo "Open $(BUILD)/html/index.html, or run: make serve"
 
-test: html lint
+browser: $(VENV)/tests-installed
 	@$(VENV)/bin/python tests/browser.py
-	@$(VENV)/bin/python -m pytest -c tests/pytest.ini tests -n 2 --dist loadfile --no-loadscope-reorder
+
+test: browser html lint
+	@$(VENV)/bin/python -m pytest -c tests/pytest.ini tests -n 2 --no-loadscope-reorder
 
 bench: $(VENV)/installed
 	@$(VENV)/bin/python tests/bench.py
@@ -51,8 +68,9 @@ lint: $(VENV)/tests-installed
 serve: html
 	@$(VENV)/bin/python -m http.server $(PORT) --bind localhost --directory $(BUILD)/html
 
-linkcheck: $(BUILD)/fresh
-	@$(SPHINX) -b linkcheck docs $(BUILD)/linkcheck
+linkcheck: $(VENV)/installed
+	@$(LOCK); $(MAKE) --no-print-directory $(BUILD)/fresh \
+	&& $(SPHINX) -b linkcheck -d $(BUILD)/linkcheck/doctrees docs $(BUILD)/linkcheck
 
 clean:
 	rm -rf docs/auto_examples $(BUILD)
@@ -76,15 +94,31 @@ $(BUILD)/fresh: $(VENV)/installed conf.py $(wildcard docs/_ext/*.*)
 	@rm -rf $(GENERATED) && mkdir -p $(BUILD) && touch $@
 
 stop = { echo "make: $(1)" >&2; exit 1; }
-install = VIRTUAL_ENV="$(abspath $(VENV))" $(PIP) install -r $(1) || $(call stop,could not install $(1). Is there a network?)
+install = $(PIP) --help >/dev/null \
+  || $(call stop,$(PIP) does not run. Install it or try: rm -rf $(VENV)); \
+  VIRTUAL_ENV="$(abspath $(VENV))" $(PIP) install -r $(1) \
+  || $(call stop,could not install $(1). Is there a network?)
+new_enough = $(1) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null
+version = $(1) -c "import sys; print(sys.version)"
 
-$(VENV)/installed: requirements.txt
+# Looked at in each run, but no reason to install anything again.
+venv:
+ifeq ($(wildcard $(VENV)),)
 	@[ -n "$(PYTHON)" ] || $(call stop,needs Python 3.11 or newer. Name one with PYTHON=...)
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
-	|| $(call stop,$(PYTHON) is not Python 3.11 or newer.)
+	@$(call new_enough,$(PYTHON)) || $(call stop,$(PYTHON) is not Python 3.11 or newer.)
 	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null \
 	|| $(call stop,$(PYTHON) lacks the module venv. On Debian: apt install python3-venv)
-	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv --clear $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+else
+	@$(call new_enough,$(VENV)/bin/python) \
+	|| $(call stop,$(VENV) has no Python 3.11 or newer that runs. Try: rm -rf $(VENV))
+endif
+ifeq ($(origin PYTHON),command line)
+	@[ "$$($(call version,$(PYTHON)))" = "$$($(call version,$(VENV)/bin/python))" ] \
+	|| $(call stop,$(VENV) was made with another Python than $(PYTHON). Try: rm -rf $(VENV))
+endif
+
+$(VENV)/installed: requirements.txt | venv
 	@$(call install,requirements.txt)
 	@touch $@
 

@@ -18,13 +18,25 @@ def find():
     return next(filter(None, map(shutil.which, (*NAMES, own))), None)
 
 
+def commands():
+    """Return what installs one: Debian's package for root, or a download for others."""
+    if Path("/etc/debian_version").exists() and os.geteuid() == 0:
+        return [["apt-get", "update"], ["apt-get", "install", "-y", "chromium"]]
+    return [[sys.executable, "-m", "playwright", "install", "chromium"]]
+
+
+def agreed():
+    """Ask a person. Where none can answer, as in CI or a container, go ahead."""
+    if os.environ.get("CI") or not sys.stdin.isatty():
+        return True
+    return input("Run this now? [y/N] ").strip().lower() in ("y", "yes")
+
+
 if __name__ == "__main__" and not find():
-    debian = Path("/etc/debian_version").exists() and os.geteuid() == 0
-    commands = (
-        ["apt-get update", "apt-get install -y chromium"]
-        if debian
-        else [f"{sys.executable} -m playwright install chromium"]
-    )
-    for command in commands:
-        print(f"No Chromium or Chrome found, so: {command}", flush=True)
-        subprocess.run(command.split(), check=True)
+    print("The tests need a Chromium or Chrome, and there is none. This gets one:")
+    for command in commands():
+        print("   ", *command, flush=True)
+    if not agreed():
+        sys.exit("Nothing was installed. Install one, and run this again.")
+    for command in commands():
+        subprocess.run(command, check=True)

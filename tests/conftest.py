@@ -5,7 +5,6 @@ import functools
 import http.server
 import os
 import re
-import runpy
 import threading
 import time
 from pathlib import Path
@@ -13,9 +12,12 @@ from pathlib import Path
 import browser
 import pytest
 from bs4 import BeautifulSoup
+from definitions import Definitions
 from playwright.sync_api import sync_playwright
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["TORCH_LOGS"] = "-torch.utils.cpp_extension"  # see Makefile
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -104,21 +106,38 @@ def site():
 
 @pytest.fixture(scope="session")
 def taught():
-    """Return a function that runs a tutorial once and returns its names."""
-    ran = {}
-
-    def run(tutorial):
-        if tutorial not in ran:
-            ran[tutorial] = runpy.run_path(str(EXAMPLES / f"{tutorial}.py"))
-        return ran[tutorial]
-
-    return run
+    """Return a function that returns the names of a tutorial, see ``Definitions``."""
+    return functools.cache(lambda name: Definitions(EXAMPLES / f"{name}.py"))
 
 
 def pytest_collection_modifyitems(items):
-    """Start with the files that take longest, so that no worker waits for another."""
-    first = ["test_browser", "test_tutorials", "test_build"]
-    items.sort(key=lambda item: [item.path.stem != name for name in first])
+    """Start with the files that take longest, and end with small pieces of work."""
+    first = [
+        "test_build",
+        "test_active_learning",
+        "test_choosing_a_method",
+        "test_layer_support",
+    ]
+    order = [*first, "others", "test_tutorials", "test_browser"]
+    place = {name: at for at, name in enumerate(order)}
+    items.sort(key=lambda item: place.get(item.path.stem, place["others"]))
+
+
+class Scheduling(LoadScopeScheduling):
+    """Give a worker what shares work: a file, the tests of a page, or a single test."""
+
+    def _split_scope(self, nodeid):
+        file, _, test = nodeid.partition("::")
+        if file.endswith("test_tutorials.py"):
+            return test.partition("[")[2]
+        if file.endswith("test_browser.py"):
+            page = re.search(r"[\w/]+\.html", test)
+            return page[0] if page else nodeid
+        return file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return Scheduling(config, log)
 
 
 def pytest_sessionfinish(session):

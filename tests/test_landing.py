@@ -1,7 +1,5 @@
 """The landing page: its code is right, its form computes, all above the fold."""
 
-import re
-
 import pytest
 import torch
 from conftest import parse
@@ -40,60 +38,107 @@ def test_first_screen_holds_picture_code_and_guide(width, chromium, site):
     tab.close()
 
 
+def answer(form):
+    return form.locator("output").inner_text()
+
+
 @pytest.mark.parametrize(
     ("fields", "size", "verdict"),
     [
-        (
-            {"N": 64, "C": 10, "P": 269322},
-            0.689,
-            "fits: take vmap(jacrev) or batched_jacobian",
-        ),
-        ({"N": 7, "C": 3, "P": 5, "bytes": "float64"}, 8.4e-7, "fits: take"),
-        (
-            {"N": 128, "C": 10, "P": 10**6, "memory": 8},
-            5.12,
-            "fits once: allocate it first",
-        ),
-        ({"N": 32, "C": 1000, "P": 11689512}, 1500, "does not fit: compute its"),
+        ({}, "689 MB", "fits, with up to 1.38 GB at the peak: take vmap(jacrev)"),
+        ({"N": 7, "C": 3, "P": 5, "bytes": "float64"}, "840 bytes", "fits, with"),
+        ({"N": 7, "C": 3, "P": 50}, "4.2 kB", "fits, with"),
+        ({"N": 1, "C": 3, "P": 333333}, "4 MB", "fits, with"),
+        ({"N": 1, "C": 1, "P": 249999999}, "1 GB", "fits, with"),
+        ({"N": 128, "P": "1e6", "memory": 8}, "5.12 GB", "fits once: allocate it"),
+        ({"N": 128, "P": "1M", "memory": "5"}, "5.12 GB", "does not fit: compute"),
+        ({"N": 32, "C": 1000, "P": 11689512}, "1.5 TB", "does not fit: compute its"),
+        ({"N": "1M", "C": "1M", "P": "100k"}, "400 PB", "does not fit"),
+        ({"kind": "CNN"}, "689 MB", "fits, with up to 3.93 GB at the peak: take"),
+        ({"kind": "CNN", "memory": 3}, "689 MB", "fits once: allocate it first"),
+        ({"kind": "CNN", "memory": 2}, "689 MB", "fits once, but not what a method"),
+        ({"kind": "CNN", "memory": 0.5}, "689 MB", "does not fit"),
     ],
 )
 def test_form_computes_by_keyboard(fields, size, verdict, form):
     form.locator("input").first.focus()
-    for name in ("N", "C", "P", "bytes", "memory"):
+    for name in ("N", "C", "P", "bytes", "kind", "memory"):
         if name in fields:
             form.page.keyboard.press("Control+A")
             form.page.keyboard.type(str(fields[name]))
         form.page.keyboard.press("Tab")
-    answer = form.locator("output").inner_text()
-    assert verdict in answer
-    shown = float(re.search(r"takes ([\d.,]+) GB", answer)[1].replace(",", ""))
-    assert shown == pytest.approx(size, rel=5e-3)
+    assert answer(form).startswith(f"J takes {size} and {verdict}")
 
 
-@pytest.mark.parametrize("value", ["", "0", "-3", "1.5"])
-def test_form_refuses_what_is_no_size(value, form):
-    form.locator("[name=C]").fill(value)
-    assert "whole numbers from 1 on" in form.locator("output").inner_text()
+def test_form_reads_sizes_as_people_write_them(form):
+    for text, value in {
+        "11.7M": 11_700_000,
+        "11.7 m": 11_700_000,
+        "1e6": 10**6,
+        "1.5e3": 1500,
+        "25k": 25_000,
+        "25.3k": 25_300,
+        "2B": 2 * 10**9,
+        "11,689,512": 11_689_512,
+        " 11_689_512 ": 11_689_512,
+        "269 322": 269_322,
+    }.items():
+        form.locator("[name=P]").fill(text)
+        short = answer(form)
+        form.locator("[name=P]").fill(str(value))
+        assert short == answer(form), text
+        assert short.startswith("J takes "), text
 
 
-@pytest.mark.parametrize(
-    ("gigabytes", "pages"),
-    [
-        (2, ["universal_jacobian"]),
-        (1, ["universal_jacobian", "jacobians_without_memory"]),
-        (0.5, ["jacobians_without_memory"]),
-    ],
-)
-def test_links_of_the_form_lead_somewhere(gigabytes, pages, form):
-    for name, value in {"N": 25, "C": 10, "P": 10**6, "memory": gigabytes}.items():
-        form.locator(f"[name={name}]").fill(str(value))
-    links = form.locator("output a").all()
-    assert len(links) == len(pages)
-    for link, expected in zip(links, pages):
-        page, _, anchor = link.get_attribute("href").partition("#")
-        assert page == f"auto_examples/scale/{expected}.html"
+@pytest.mark.parametrize("name", ["N", "C", "P", "memory"])
+def test_form_refuses_what_is_no_size(name, form):
+    field = form.locator(f"[name={name}]")
+    said = "Memory is no number" if name == "memory" else f"{name} is no whole number"
+    for text in ("", "0", "-3", "x", "1,5", "1.2.3", "k", "<b>", "7q", "1e400"):
+        field.fill(text)
+        assert answer(form).startswith(said), text
+        assert field.get_attribute("aria-invalid") == "true"
+        field.fill("25k")
+        assert answer(form).startswith("J takes ")
+        assert field.get_attribute("aria-invalid") == "false"
+
+
+def test_form_refuses_parts_of_a_parameter(form):
+    for text in ("1.5", "0.5", "1.2345k"):
+        form.locator("[name=P]").fill(text)
+        assert "P is no whole number from 1 on" in answer(form)
+        form.locator("[name=memory]").fill(text)
+        form.locator("[name=P]").fill("5")
+        assert answer(form).startswith("J takes ")
+
+
+def test_form_fits_what_it_shows_after_the_way_back(form):
+    tab = form.page
+    form.locator("[name=N]").fill("1000000")
+    form.locator("[name=kind]").select_option("CNN, attention")
+    before = answer(form)
+    assert before.startswith("J takes 10.8 TB and does not fit")
+    form.locator("output a").first.click()
+    tab.wait_for_url("**/auto_examples/**")
+    tab.go_back(wait_until="networkidle")
+    assert form.locator("[name=N]").input_value() == "1000000"
+    assert answer(form) == before
+
+
+@pytest.mark.parametrize("kind", ["MLP", "CNN, attention"])
+def test_links_of_the_form_lead_somewhere(kind, form):
+    form.locator("[name=kind]").select_option(kind)
+    led = set()
+    for gigabytes in (16, 3, 1, 0.5):
+        form.locator("[name=memory]").fill(str(gigabytes))
+        links = form.locator("output a").all()
+        assert links
+        led |= {link.get_attribute("href") for link in links}
+    for href in led:
+        page, _, anchor = href.partition("#")
         html = parse(page)
         assert html.find(id=anchor) if anchor else html.title
+    assert len(led) == 3
 
 
 def test_guide_leads_to_what_to_take_and_to_whether_it_is_right(html):
@@ -115,7 +160,8 @@ def test_without_javascript_there_is_a_table_that_is_right(chromium, site):
     for row in rows:
         *sizes, shown = row.locator("td").all_inner_texts()
         N, C, P = map(int, sizes)
-        gigabytes = float(shown.removesuffix(" GB"))
-        assert gigabytes == pytest.approx(4 * N * C * P / 1e9, rel=5e-3)
+        number, unit = shown.split()
+        size = float(number) * {"MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
+        assert size == pytest.approx(4 * N * C * P, rel=5e-3)
     assert rows
     context.close()

@@ -6,22 +6,55 @@ const batched = link("universal_jacobian.html#the-function", "batched_jacobian")
 const chunks = link("jacobians_without_memory.html#chunks-of-samples-and-outputs", "chunks");
 const pieces = link("jacobians_without_memory.html", "chunks, products or factors");
 
+// Peaks that were measured, in sizes of J: of a method that returns J, and with out=.
+const PEAKS = { linear: [2, 1], other: [5.7, 3.4] };
+const UNITS = ["bytes", "kB", "MB", "GB", "TB", "PB", "EB", "ZB", "YB"];
+const SUFFIXES = { "": 1, k: 1e3, m: 1e6, g: 1e9, b: 1e9, t: 1e12 };
+
+// 269322, 269,322, 1e6, 25k and 11.7M are sizes; anything else is NaN.
+function number(text) {
+  const [, digits, suffix] =
+    /^(\d+(?:\.\d*)?(?:e\+?\d+)?)\s*([kmgbt]?)$/i.exec(text.trim().replace(/[ ,_](?=\d{3}(?!\d))/g, "")) || [];
+  return digits ? Number(digits) * SUFFIXES[suffix.toLowerCase()] : NaN;
+}
+
+// 25.3 * 1e3 is a whole number, but for rounding.
+const whole = (value) => value >= 1 && value < 1e30 && Math.abs(value - Math.round(value)) < 1e-9 * value;
+
+function shown(bytes) {
+  let unit = 0;
+  for (; bytes >= 999.5 && unit < UNITS.length - 1; unit++) bytes /= 1000;
+  return `${Number(bytes.toPrecision(3))} ${UNITS[unit]}`;
+}
+
 function answer() {
-  if (!form.checkValidity()) {
-    return "N, C and P are whole numbers from 1 on, and memory is more than 0 GB.";
+  const value = Object.fromEntries([...new FormData(form)].map(([name, text]) => [name, number(text)]));
+  const wrong = ["N", "C", "P"].filter((name) => !whole(value[name]));
+  const limit = value.memory * 1e9;
+  if (!(limit > 0 && limit < 1e30)) wrong.push("memory");
+  for (const field of form.querySelectorAll("input")) {
+    field.setAttribute("aria-invalid", wrong.includes(field.name));
   }
-  const field = (name) => Number(form.elements[name].value);
-  const size = (field("N") * field("C") * field("P") * field("bytes")) / 1e9;
-  const shown = Number(size.toPrecision(3)).toLocaleString("en", { maximumSignificantDigits: 3 });
-  const takes = `J takes ${shown} GB and`;
-  if (2 * size <= field("memory")) return `${takes} fits: take vmap(jacrev) or ${batched}.`;
-  return size <= field("memory")
-    ? `${takes} fits once: allocate it first, then write into it with ${batched} and out=, or in ${chunks}.`
+  if (wrong.length) {
+    return wrong[0] === "memory"
+      ? "Memory is no number above 0: write 16 or 0.5."
+      : `${wrong[0]} is no whole number from 1 on: write 25000, 25k, 11.7M or 1e6.`;
+  }
+  const size = value.N * value.C * value.P * value.bytes;
+  const [made, written] = PEAKS[form.elements.kind.value];
+  const takes = `J takes ${shown(size)} and`;
+  const peak = `${shown(made * size)} at the peak`;
+  if (made * size <= limit) return `${takes} fits, with up to ${peak}: take vmap(jacrev) or ${batched}.`;
+  if (written * size <= limit) return `${takes} fits once: allocate it first, then write into it with ${batched} and out=, or in ${chunks}.`;
+  return size <= limit
+    ? `${takes} fits once, but not what a method needs beside it: allocate it first, then write into it in ${chunks}.`
     : `${takes} does not fit: compute its ${pieces}, never all of it.`;
 }
 
 const show = () => { output.innerHTML = answer(); };
 form.addEventListener("input", show);
 form.addEventListener("submit", (event) => event.preventDefault());
+// On the way back the browser fills in what was there, after this script has run.
+window.addEventListener("pageshow", show);
 form.hidden = false;
 show();
