@@ -85,7 +85,7 @@ P, zeros = rows.shape[1], (rows == 0).double().mean().item()
 limit = rows.abs().max().item()
 colors = plt.get_cmap("PuOr").with_extremes(bad="0.75")
 
-fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
+fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
 nonzero = rows.where(rows != 0, torch.nan).numpy()
 image = ax.imshow(nonzero, cmap=colors, vmin=-limit, vmax=limit, aspect="auto")
 end = 0
