@@ -48,6 +48,7 @@ def vmap_jacrev(model, X):
     return vmap(jacrev(f), (None, 0))(params, X)
 
 
+torch.set_default_dtype(torch.float32)
 default_threads = torch.get_num_threads()
 torch.set_num_threads(1)  # least disturbed by other programs: more on an idle machine
 model, X = nn.Linear(20, 5), torch.rand(32, 20)
