@@ -143,4 +143,4 @@ def test_page_runs_on_a_machine_on_which_every_call_is_slow():
     command = [sys.executable, "-W", "error", "-c", code]
     text = subprocess.check_output(command, text=True, stderr=subprocess.STDOUT)
     assert text.count(": take ") == 6
-    assert "vmap(jacrev): x 1.0 for N = 2 to 2, x 1.0 for C = 2 to 2" in text
+    assert "vmap(jacrev): x 1 for N 2 to 2, x 1 for C 2 to 2" in text

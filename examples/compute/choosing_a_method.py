@@ -596,9 +596,10 @@ cpus = re.findall(r"model name\s*: (.*)", cpuinfo) + [platform.machine()]
 print(f"{cpus[0]}, one thread, device {device}, torch {torch.__version__}")
 
 # %%
-# The peak is a multiple of the bytes of the Jacobian, which is part of it. So the least
-# is about one.
+# We print what to take, and the peak as a multiple of the bytes of the Jacobian. The
+# Jacobian is part of the peak, so the least is about one.
 
+# fold: How the table is made
 times, memory = {}, {}
 for case, (model, X) in cases.items():
     methods = {k: call for k, call in calls(model, X).items() if k in timed[case]}
@@ -693,7 +694,7 @@ for ax, (size, values) in zip(axes, SIZES.items()):
         color, marker = STYLES[name]
         ys = [1e3 * seconds for seconds in line.values()]
         ax.loglog(list(line), ys, color=color, marker=marker, label=name)
-        text = f"x {ys[-1] / ys[0]:.1f} for {size} = {min(line)} to {max(line)}"
+        text = f"x {ys[-1] / ys[0]:.2g} for {size} {min(line)} to {max(line)}"
         growth[name].append(text)
     ax.set(xlabel=size, xticks=values, xticklabels=values)
     ax.minorticks_off()
