@@ -13,6 +13,7 @@ All you need to know is what a gradient in PyTorch is. The packages are ``torch`
 
 import copy
 import warnings
+from itertools import product
 
 import matplotlib.pyplot as plt
 import torch
@@ -39,8 +40,8 @@ from torch import autograd, nn
 torch.set_default_dtype(torch.float64)
 _ = torch.manual_seed(0)
 
-N, D_in, D_hidden, C = 15, 10, 7, 5
-X = torch.rand(N, D_in)
+N, D_in, D_hidden, C = 5, 4, 6, 3
+X = torch.randn(N, D_in)
 model = nn.Sequential(nn.Linear(D_in, D_hidden), nn.ReLU(), nn.Linear(D_hidden, C))
 
 # %%
@@ -50,32 +51,21 @@ model = nn.Sequential(nn.Linear(D_in, D_hidden), nn.ReLU(), nn.Linear(D_hidden, 
 # The definition is also a method: one backward pass per sample ``n`` and output ``c``.
 # That makes ``N * C`` passes, and each runs through the whole batch, although only
 # sample ``n`` matters. It needs no rules for layers, so it is the reference for the
-# others. Each function on this page works on a copy and leaves your model as it is.
+# others.
 
 
-def forward(model, X):
-    """Return ``fs`` of shape ``[N, C]`` and the parameters that require a gradient."""
+def autograd_loop(model, X):
+    """Return ``{name: Jacobian [N, C, *p.shape]}`` from ``N * C`` backward passes."""
     fs = model(X)
-    if fs.ndim != 2 or len(fs) != len(X):
-        raise ValueError(f"model(X) has shape {list(fs.shape)}, not [N={len(X)}, C]")
-    return fs, {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def autograd_jacobian(model, X):
-    """Return ``{name: Jacobian [N, C, *p.shape]}`` from N * C backward passes."""
-    fs, params = forward(copy.deepcopy(model), X)
-    N, C = fs.shape
-    options = {"retain_graph": True, "materialize_grads": True}  # zero if unused
-    rows = [
-        autograd.grad(fs[n, c], params.values(), **options)
-        for n in range(N)
-        for c in range(C)
-    ]
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    options = {"retain_graph": True, "materialize_grads": True}  # zeros if unused
+    places = product(*map(range, fs.shape))
+    rows = [autograd.grad(fs[place], params.values(), **options) for place in places]
     blocks = [torch.stack(block).unflatten(0, fs.shape) for block in zip(*rows)]
     return dict(zip(params, blocks))
 
 
-jacobian = autograd_jacobian(model, X)
+jacobian = autograd_loop(model, X)
 for name, p in model.named_parameters():
     print(f"{name}: shape {list(p.shape)}, Jacobian {list(jacobian[name].shape)}")
 
@@ -87,44 +77,30 @@ for name, p in model.named_parameters():
 # column. Gray entries are exactly zero, for two reasons. A hidden unit that ReLU
 # switches off for a sample passes nothing on: the weights and the bias that feed it,
 # and the weights that read it, get zero. And output ``c`` reads only row ``c`` of the
-# last layer, which leaves the diagonals of dots on the right. The colors end at the
-# largest entry of ``0.weight``; all larger ones share the darkest color.
+# last layer, which leaves the diagonals on the right.
 
+# fold: How the picture is drawn
 rows = torch.cat([J.flatten(2) for J in jacobian.values()], dim=2).flatten(0, 1)
-P = rows.shape[1]
-limit = jacobian["0.weight"].abs().max().item()
+P, zeros = rows.shape[1], (rows == 0).double().mean().item()
+limit = rows.abs().max().item()
 colors = plt.get_cmap("PuOr").with_extremes(bad="0.75")
 
-fig, ax = plt.subplots(figsize=(6, 6.5), layout="constrained")
+fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
 nonzero = rows.where(rows != 0, torch.nan).numpy()
 image = ax.imshow(nonzero, cmap=colors, vmin=-limit, vmax=limit, aspect="auto")
 end = 0
 for name, p in model.named_parameters():
     start, end = end, end + p.numel()
-    ax.axvline(end - 0.5, color="black", linewidth=1)
-    ax.text((start + end) / 2 - 0.5, -1.5, name, rotation=30)
+    ax.axvline(end - 0.5, color="black", linewidth=2)
+    ax.text((start + end) / 2 - 0.5, -0.8, name, rotation=20)
 for n in range(N):
-    ax.axhline(n * C - 0.5, color="black", linewidth=0.5)
+    ax.axhline(n * C - 0.5, color="black", linewidth=1)
 ax.set_yticks([n * C + (C - 1) / 2 for n in range(N)], [f"n = {n}" for n in range(N)])
 ax.set(xlabel=f"P = {P} parameters", ylabel=f"N = {N} samples of C = {C} outputs")
-ax.set_title(f"Jacobian: {N * C} rows, {P} columns, gray where exactly zero", pad=36)
-label = "derivative of the output by the parameter"
-fig.colorbar(image, label=label, extend="both", location="bottom", aspect=40)
+title = f"Jacobian: {N * C} rows, {P} columns, {zeros:.0%} exactly zero (gray)"
+ax.set_title(title, pad=36)
+fig.colorbar(image, label="derivative of the output by the parameter")
 plt.show()
-
-# %%
-# The two reasons predict each zero.
-
-off = (model[0](X) <= 0)[:, None].expand(N, C, D_hidden)
-other = ~torch.eye(C, dtype=torch.bool)
-zeros = {
-    "0.weight": off[..., None].expand(N, C, D_hidden, D_in),
-    "0.bias": off,
-    "2.weight": off[:, :, None] | other[..., None],
-    "2.bias": other.expand(N, C, C),
-}
-torch.testing.assert_close({name: J == 0 for name, J in jacobian.items()}, zeros)
-print(f"{(rows == 0).double().mean():.0%} of the entries are zero, as predicted.")
 
 # %%
 # BatchGrad
@@ -143,32 +119,33 @@ print(f"{(rows == 0).double().mean():.0%} of the entries are zero, as predicted.
 #   If ``X`` requires no gradient, PyTorch warns (``Full backward hook is firing``). If
 #   it is not in the list, the first layer's hook does not run (``'Parameter' object has
 #   no attribute 'grad_batch'``).
-# - ``extend`` stays with a model for good, so we extend a copy.
+# - ``extend`` stays with a model for good, so we extend a copy. Copy a model that keeps
+#   activations before it runs (or ``Only Tensors created explicitly by the user``).
 
 
-def batchgrad_jacobian(model, X):
-    """Return ``{name: Jacobian [N, C, *p.shape]}`` from C backward passes."""
-    X = X.detach().requires_grad_()
-    fs, params = forward(extend(copy.deepcopy(model)), X)
+def batch_grad(extended, X):
+    """Return ``{name: Jacobian [N, C, *p.shape]}`` from ``C`` backward passes."""
+    X = X.detach().requires_grad_(X.is_floating_point())
+    fs = extended(X)
+    if fs.ndim != 2 or len(fs) != len(X):
+        raise ValueError(f"model(X) has shape {list(fs.shape)}, not [N={len(X)}, C]")
     N, C = fs.shape
+    params = {k: p for k, p in extended.named_parameters() if p.requires_grad}
+    inputs = [X] * X.requires_grad + list(params.values())
     jacobian = {name: p.new_empty(N, C, *p.shape) for name, p in params.items()}
     for c in range(C):
         retain = c < C - 1
         with backpack(BatchGrad(), retain_graph=retain):
-            autograd.grad(fs[:, c].sum(), [X, *params.values()], retain_graph=retain)
+            autograd.grad(fs[:, c].sum(), inputs, retain_graph=retain)
         for name, p in params.items():
             jacobian[name][:, c] = p.grad_batch.reshape(N, *p.shape)
             del p.grad_batch
     return jacobian
 
 
-def compare(method, result):
-    """Print that ``result`` has the names, shapes and values of the loop, or raise."""
-    torch.testing.assert_close(result, jacobian)
-    print(f"{method} agrees with the autograd loop for {len(result)} parameters.")
-
-
-compare("BatchGrad", batchgrad_jacobian(model, X))
+extended = extend(copy.deepcopy(model))
+torch.testing.assert_close(batch_grad(extended, X), jacobian)
+print(f"BatchGrad: {C} passes instead of {N * C}, and the same {len(jacobian)} blocks.")
 
 # %%
 # SqrtGGNExact
@@ -188,24 +165,30 @@ compare("BatchGrad", batchgrad_jacobian(model, X))
 # :math:`V` is a square root of :math:`G`. BackPACK computes it in one pass (`Dangel,
 # Tatzel and Hennig, 2021 <https://arxiv.org/abs/2106.02624>`_) and stores it in
 # ``p.sqrt_ggn_exact``, of shape ``[C, N, *p.shape]``. Divide by the square root of 2,
-# swap the first two axes, and you have the Jacobian. With ``reduction="mean"`` the loss
-# is divided by ``N * C``, and so are its second derivatives: another factor.
+# swap the first two axes, and you have the Jacobian. With ``reduction="mean"`` it would
+# be another factor, since that loss is divided by ``N * C``.
 
 
-def sqrt_ggn_jacobian(model, X, reduction="sum"):
+def sqrt_ggn(extended, X):
     """Return ``{name: Jacobian [N, C, *p.shape]}`` from one backward pass."""
-    X = X.detach().requires_grad_()
-    fs, params = forward(extend(copy.deepcopy(model)), X)
-    loss = extend(nn.MSELoss(reduction=reduction))(fs, torch.zeros_like(fs))
+    X = X.detach().requires_grad_(X.is_floating_point())
+    fs = extended(X)
+    if fs.ndim != 2 or len(fs) != len(X):
+        raise ValueError(f"model(X) has shape {list(fs.shape)}, not [N={len(X)}, C]")
+    params = {k: p for k, p in extended.named_parameters() if p.requires_grad}
+    inputs = [X] * X.requires_grad + list(params.values())
+    loss = extend(nn.MSELoss(reduction="sum"))(fs, torch.zeros_like(fs))
     with backpack(SqrtGGNExact()):
-        autograd.grad(loss, [X, *params.values()])
-    scale = {"sum": 2, "mean": 2 / fs.numel()}[reduction] ** 0.5
-    V = {name: p.sqrt_ggn_exact for name, p in params.items()}  # [C, N, *p.shape]
-    return {name: v.transpose(0, 1) / scale for name, v in V.items()}
+        autograd.grad(loss, inputs)
+    jacobian = {}
+    for name, p in params.items():  # from [C, N, *p.shape]
+        jacobian[name] = p.sqrt_ggn_exact.transpose(0, 1) / 2**0.5
+        del p.sqrt_ggn_exact  # as large as the Jacobian
+    return jacobian
 
 
-compare("SqrtGGNExact", sqrt_ggn_jacobian(model, X))
-compare("SqrtGGNExact of the mean", sqrt_ggn_jacobian(model, X, reduction="mean"))
+torch.testing.assert_close(sqrt_ggn(extended, X), jacobian)
+print(f"SqrtGGNExact: one pass, and the same {len(jacobian)} blocks.")
 
 # %%
 # Unsupported layers
@@ -213,21 +196,24 @@ compare("SqrtGGNExact of the mean", sqrt_ggn_jacobian(model, X, reduction="mean"
 #
 # BackPACK needs rules: ``BatchGrad`` for layers with parameters, ``SqrtGGNExact`` for
 # every layer. Without one, ``SqrtGGNExact`` raises; ``BatchGrad`` warns and stores
-# nothing, and here the warning counts as an error. Where two layers share a weight, the
-# result is wrong, and nothing is said.
+# nothing, and here the warning counts as an error. Where two layers share a weight, or
+# a forward hook changes an output, a rule does not know: both can be wrong, and nothing
+# is said.
 
 tied, twin = nn.Linear(D_hidden, D_hidden), nn.Linear(D_hidden, D_hidden)
 twin.weight = tied.weight
+hooked = nn.Linear(D_hidden, D_hidden)
+hooked.register_forward_hook(lambda layer, args, output: output.sin())
 cases = {"GELU": [nn.GELU()], "PReLU": [nn.PReLU()]}
-cases["shared weight"] = [tied, nn.ReLU(), twin]
+cases |= {"shared weight": [tied, nn.ReLU(), twin], "forward hook": [hooked]}
 
 for title, middle in cases.items():
     case = nn.Sequential(nn.Linear(D_in, D_hidden), *middle, nn.Linear(D_hidden, C))
-    reference = autograd_jacobian(case, X)
-    for method in batchgrad_jacobian, sqrt_ggn_jacobian:
+    reference, extended = autograd_loop(case, X), extend(copy.deepcopy(case))
+    for method in batch_grad, sqrt_ggn:
         try:
             with warnings.catch_warnings(action="error"):
-                result = method(case, X)
+                result = method(extended, X)
         except (NotImplementedError, UserWarning) as error:
             verdict = f"{type(error).__name__}: {error}"
         else:
@@ -236,18 +222,17 @@ for title, middle in cases.items():
         print(f"{title}, {method.__name__}: {verdict}")
 
 # %%
-# Which method to take
-# --------------------
+# What to take home
+# -----------------
 #
-# - The autograd loop needs no rules, only outputs of shape ``[N, C]``. Take it for a
-#   handful of samples, to check another method on your model.
-# - ``BatchGrad`` needs rules for the layers with parameters, no shared weights, and
-#   floating-point inputs. Take it if ``SqrtGGNExact`` lacks a rule, or if you can use
-#   and drop the Jacobian of one output at a time.
-# - ``SqrtGGNExact`` needs the same, a rule for every other layer, and an
-#   ``nn.Sequential`` of them. Take it if the whole Jacobian fits into memory.
+# - For most models, take ``vmap(jacrev)``, the recipe of
+#   ``compute/torch_func_jacobians.py``; or ``batched_jacobian``, of
+#   ``scale/universal_jacobian.py``, which takes more models and checks its result.
+# - Take BackPACK where you already use it, in eval mode, and for layers that it reads
+#   to the end: ``trust/layer_support.py`` lists them, and ``trust/silent_failures.py``
+#   says where nothing warns you, such as circular padding and hooks. ``BatchGrad``
+#   holds one output at a time; ``SqrtGGNExact`` needs one pass and more rules.
+# - The autograd loop is the definition. Compare with it, on a handful of samples.
 #
-# Both need a model in which samples do not mix and nothing is random: ``model.eval()``.
-#
-# Next: ``compute/choosing_a_method.py`` measures these methods and more on the same
-# work. The alternative: ``compute/torch_func_jacobians.py`` needs no BackPACK.
+# Next: ``compute/torch_func_jacobians.py``, the same with PyTorch alone. The
+# alternative: ``compute/choosing_a_method.py`` measures all methods on the same work.

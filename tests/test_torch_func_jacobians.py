@@ -48,10 +48,35 @@ class Solve(nn.Linear):
         return torch.linalg.solve(matrices, X) + self.bias
 
 
+class Keeps(nn.Module):
+    """Keeps its activations, counts its calls, and assigns a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.kept, self.seen, self.calls = None, [], {"number": 0}
+        self.register_buffer("steps", torch.zeros(3))
+
+    def forward(self, X):
+        self.kept = self.layer(X)
+        self.seen.append(self.kept)
+        self.calls["number"] += 1
+        self.steps = self.steps + 1
+        self.new = X
+        return self.kept
+
+
+def spectral():
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 2))
+
+
 CASES = {
     "bag": lambda: (Bag(), torch.randint(9, (5, 3))),
     "cnn": lambda: (cnn(), torch.rand(5, 2, 6, 7)),
     "solve": lambda: (Solve(3, 3), torch.rand(5, 3)),
+    "keeps": lambda: (Keeps(), torch.rand(5, 3)),
+    "spectral norm": lambda: (spectral().eval(), torch.rand(5, 3)),
     "one sample": lambda: (nn.Linear(3, 2), torch.rand(1, 3)),
     "one output": lambda: (nn.Linear(3, 1), torch.rand(4, 3)),
 }
@@ -74,9 +99,64 @@ def test_equals_the_loop_and_leaves_the_model(case, grad, names):
         jacobian = names["jacobians"](model, X)
         assert torch.is_grad_enabled() == grad
     assert not any(block.requires_grad for block in jacobian.values())
-    assert_close(jacobian, names["loop"](model, X))
     assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert_close(jacobian, names["autograd_loop"](model, X))
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_attributes_stay_the_same_objects(names):
+    model = Keeps().double()
+    X = torch.rand(5, 3, dtype=torch.float64)
+    fs = model(X)
+    names["jacobians"](model, X)
+    assert model.kept is fs and model.seen == [fs] and model.new is X
+    assert model.calls == {"number": 1}
+    assert_close(model.steps, torch.ones(3, dtype=torch.float64))
+    assert (model.kept + 1).sum().backward() is None  # it is alive
+
+
+def test_model_is_put_back_after_an_error(names):
+    model = nn.Sequential(Keeps(), nn.Unflatten(1, (2, 1))).double()
+    X = torch.rand(5, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"is \[1, 2, 1\]"):
+        names["jacobians"](model, X)
+    assert model[0].kept is None and not hasattr(model[0], "new")
+    assert model[0].steps.count_nonzero() == 0
+
+
+def test_buffers_moved_in_training_mode_are_put_back(names):
+    model, X = spectral().double(), torch.rand(5, 3, dtype=torch.float64)
+    before = copy.deepcopy(model.state_dict())
+    names["jacobians"](model, X)
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+    _ = model(X)  # the comparison can fail
+    with pytest.raises(AssertionError):
+        assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_batch_norm_in_training_mode_raises(names):
+    layers = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(24, 3)
+    model, X = nn.Sequential(*layers), torch.rand(5, 1, 5, 6)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="in-place operation"):
+        names["jacobians"](model, X)
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_inference_mode(names):
+    model, X = nn.Linear(3, 2), torch.rand(4, 3)
+    expected = names["autograd_loop"](model, X)
+    with torch.inference_mode():
+        assert_close(names["jacobians"](model, X + 0), expected)
+
+
+def test_section_fails_if_its_error_stays_away(names, capsys):
+    names["show_error"](ValueError, int, "x")
+    assert capsys.readouterr().out.startswith("ValueError: invalid literal")
+    with pytest.raises(LookupError, match="no ValueError any more"):
+        names["show_error"](ValueError, int, "1")
+    with pytest.raises(TypeError):
+        names["show_error"](ValueError, int, [])
 
 
 def test_frozen_model_raises(names):

@@ -2,10 +2,10 @@
 Choosing a method for the Jacobian
 ==================================
 
-After this page you know which method computes the Jacobian of your network's outputs
-with respect to its parameters in the least time, and in the least memory, for your
-batch size, number of outputs, number of parameters and kind of model. All methods run
-on the same models, on your machine, and each has to be right before it is timed.
+After this page you know which method to take for your network and your batch: for
+networks of real sizes and for small ones, you see which one takes the least time and
+which one the least memory. All methods run on the same models, on your machine, in
+single precision, and each has to be right before it is timed.
 """
 
 import copy
@@ -13,256 +13,557 @@ import gc
 import os
 import platform
 import re
-import time
-from collections import Counter
-from importlib.metadata import version
-from itertools import accumulate, product
+import warnings
+from contextlib import contextmanager
+from itertools import accumulate, pairwise, product
 from pathlib import Path
+from time import process_time
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from backpack import backpack, extend
 from backpack.extensions import BatchGrad, SqrtGGNExact
 from torch import autograd, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.autograd.profiler import profile
 from torch.func import functional_call, jacrev, vmap
-from torch.nn import functional as F
 from torch.testing import assert_close
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark.utils.timer import timer
 
 # %%
-# Sizes
-# -----
-# The outputs ``fs = model(X)`` have shape ``[N, C]``. The parameters hold ``P``
-# numbers. A sweep changes ``N``, ``C`` or the width, which sets ``P``, and keeps the
-# others at ``BASE``. All are small, so that the page takes seconds: raise them on your
-# machine. One thread is least disturbed by other programs: take more on an idle one.
+# The recipe and its time
+# -----------------------
+# The outputs ``fs = model(X)`` have shape ``[N, C]``, the Jacobian of a parameter ``p``
+# has shape ``[N, C, *p.shape]``. The recipe takes each sample alone, and it is what the
+# other methods have to beat. ``timer`` returns seconds, and waits for a GPU. The first
+# call in a process loads code: time a later one.
 
-BASE = {"MLP": {"N": 24, "C": 10, "width": 64}, "CNN": {"N": 8, "C": 10, "width": 12}}
-SWEEPS = {
-    "MLP": {"N": (2, 8, 24, 72), "C": (3, 10, 20), "width": (24, 64, 256)},
-    "CNN": {"N": (2, 8, 24, 72), "C": (3, 10, 20), "width": (6, 12, 30)},
-}
-CHUNKED = {"MLP": (64, 8, 96), "CNN": (64, 8, 5)}  # N, C, width
-CHUNKS = {"vmap": [(1, None), (16, None)], "jacrev": [(None, 1), (None, 4)]}
-THREADS = 1
-LIMIT = 0.03  # a method leaves a sweep after a call that takes more seconds
-TIE = 1.2  # the ratio of two medians that we call a tie
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
-os.environ["KINETO_LOG_LEVEL"] = "6"  # keep the profiler from writing to stderr
+def vmap_jacrev(model, X):
+    """Return ``{name: Jacobian [N, C, *p.shape]}`` from one pass for each sample."""
+    params = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+
+    def f(params, x):  # of one sample
+        return functional_call(model, params, x[None])[0]
+
+    return vmap(jacrev(f), (None, 0))(params, X)
+
+
+torch.set_default_dtype(torch.float32)
 default_threads = torch.get_num_threads()
-torch.set_num_threads(THREADS)
-_ = torch.manual_seed(0)
-
-cpuinfo = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-cpus = re.findall(r"model name\s*: (.*)", cpuinfo) + [platform.machine()]
-print(f"CPU: {cpus[0]}, threads: {THREADS}, device: {device}")
-print(f"torch {torch.__version__}, BackPACK {version('backpack-for-pytorch')}")
-
-
-def case(kind, N, C, width):
-    """Return a model, inputs for 8 x 8 images, and the number of entries of J."""
-    if kind == "MLP":
-        layers = [nn.Flatten(), nn.Linear(64, width), nn.ReLU()]
-        layers += [nn.Linear(width, width), nn.ReLU(), nn.Linear(width, C)]
-    else:
-        layers = [nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)]
-        layers += [nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU()]
-        layers += [nn.AvgPool2d(4), nn.Flatten(), nn.Linear(2 * width, C)]
-    model = nn.Sequential(*layers).to(device)
-    P = sum(p.numel() for p in model.parameters())
-    return model, torch.rand(N, 1, 8, 8, device=device), N * C * P
-
+torch.set_num_threads(1)  # least disturbed by other programs: more on an idle machine
+model, X = nn.Linear(20, 5), torch.rand(32, 20)
+for call in "first", "second":
+    start = timer()
+    J = vmap_jacrev(model, X)
+    print(f"{call} call: {1e3 * (timer() - start):.3g} ms, {list(J['weight'].shape)}")
 
 # %%
-# Methods
-# -------
-# Each takes ``(model, X)`` and returns ``{name: Jacobian [N, C, *p.shape]}``. A call
-# includes the forward pass, and BackPACK's copy of the model: you pay for both.
-# ``layer_structure`` is the core of ``batched_jacobian`` in
-# ``scale/universal_jacobian.py``, which checks its result and takes any model.
+# Methods and models
+# ------------------
+# ``autograd_loop`` is the definition, a backward pass through the whole batch for each
+# of the ``N * C`` entries of ``fs``. ``grads_batched`` sends these passes together.
 
-
-def forward(model, X, params=None):
-    """Return ``fs`` of shape ``[N, C]`` and the parameters, by default the model's."""
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    fs = functional_call(model, params, (X,)) if params else model(X)
-    if fs.ndim != 2 or len(fs) != len(X):
-        raise ValueError(f"model(X) has shape {list(fs.shape)}, not [N={len(X)}, C]")
-    return fs, params or own
-
-
-def empty(fs, params):
-    return {name: p.new_empty(*fs.shape, *p.shape) for name, p in params.items()}
-
-
-def detached(model):
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+# fold: autograd_loop and grads_batched
 
 
 def autograd_loop(model, X):
-    fs, params = forward(model, X)
-    jacobian = empty(fs, params)
-    for n, c in product(*map(range, fs.shape)):
-        grads = autograd.grad(fs[n, c], params.values(), retain_graph=True)
-        for block, grad in zip(jacobian.values(), grads):
-            block[n, c] = grad
-    return jacobian
+    """Return ``{name: Jacobian [N, C, *p.shape]}`` from ``N * C`` backward passes."""
+    fs = model(X)
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    options = {"retain_graph": True, "materialize_grads": True}  # zeros if unused
+    places = product(*map(range, fs.shape))
+    rows = [autograd.grad(fs[place], params.values(), **options) for place in places]
+    blocks = [torch.stack(block).unflatten(0, fs.shape) for block in zip(*rows)]
+    return dict(zip(params, blocks))
 
 
 def grads_batched(model, X):
-    fs, params = forward(model, X)
-    E = torch.eye(fs.numel(), dtype=fs.dtype, device=device).unflatten(1, fs.shape)
+    """Return ``{name: Jacobian [N, C, *p.shape]}`` from one batched backward pass."""
+    fs = model(X)
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    E = torch.eye(fs.numel()).to(fs).unflatten(1, fs.shape)  # [N * C, N, C]
     rows = autograd.grad(fs, params.values(), E, is_grads_batched=True)
     return {name: row.unflatten(0, fs.shape) for name, row in zip(params, rows)}
 
 
-def functional_jacobian(model, X):
-    params = detached(model)
-    blocks = autograd.functional.jacobian(
-        lambda *values: forward(model, X, dict(zip(params, values)))[0],
-        tuple(params.values()),
-    )
-    return dict(zip(params, blocks))
+# %%
+# BackPACK's methods take a model that went through ``extend``.
+# ``batched_jacobians.py`` explains them.
+
+# fold: batch_grad and sqrt_ggn
 
 
-def jacrev_batch(model, X):
-    return jacrev(lambda params: forward(model, X, params)[0])(detached(model))
-
-
-def vmap_jacrev(model, X, samples=None, outputs=None):
-    """``samples`` and ``outputs`` limit how many of them are computed together."""
-    jacobian = jacrev(lambda p, x: forward(model, x[None], p)[0][0], chunk_size=outputs)
-    return vmap(jacobian, (None, 0), chunk_size=samples)(detached(model), X)
-
-
-def batch_grad(model, X):
-    X = X.detach().requires_grad_()
-    fs, params = forward(extend(copy.deepcopy(model)), X)
-    jacobian, C = empty(fs, params), fs.shape[1]
+def batch_grad(extended, X):
+    """Return ``{name: Jacobian [N, C, *p.shape]}`` from ``C`` backward passes."""
+    X = X.detach().requires_grad_(X.is_floating_point())
+    fs = extended(X)
+    if fs.ndim != 2 or len(fs) != len(X):
+        raise ValueError(f"model(X) has shape {list(fs.shape)}, not [N={len(X)}, C]")
+    N, C = fs.shape
+    params = {k: p for k, p in extended.named_parameters() if p.requires_grad}
+    inputs = [X] * X.requires_grad + list(params.values())
+    jacobian = {name: p.new_empty(N, C, *p.shape) for name, p in params.items()}
     for c in range(C):
         retain = c < C - 1
         with backpack(BatchGrad(), retain_graph=retain):
-            autograd.grad(fs[:, c].sum(), [X, *params.values()], retain_graph=retain)
+            autograd.grad(fs[:, c].sum(), inputs, retain_graph=retain)
         for name, p in params.items():
-            block = jacobian[name][:, c]
-            block.copy_(p.grad_batch.view_as(block))
+            jacobian[name][:, c] = p.grad_batch.reshape(N, *p.shape)
             del p.grad_batch
     return jacobian
 
 
-def sqrt_ggn(model, X):
-    X = X.detach().requires_grad_()
-    fs, params = forward(extend(copy.deepcopy(model)), X)
+def sqrt_ggn(extended, X):
+    """Return ``{name: Jacobian [N, C, *p.shape]}`` from one backward pass."""
+    X = X.detach().requires_grad_(X.is_floating_point())
+    fs = extended(X)
+    if fs.ndim != 2 or len(fs) != len(X):
+        raise ValueError(f"model(X) has shape {list(fs.shape)}, not [N={len(X)}, C]")
+    params = {k: p for k, p in extended.named_parameters() if p.requires_grad}
+    inputs = [X] * X.requires_grad + list(params.values())
     loss = extend(nn.MSELoss(reduction="sum"))(fs, torch.zeros_like(fs))
     with backpack(SqrtGGNExact()):
-        autograd.grad(loss, [X, *params.values()])
-    V = {name: p.sqrt_ggn_exact.contiguous() for name, p in params.items()}
-    return {name: v.div_(2**0.5).transpose(0, 1) for name, v in V.items()}
-
-
-def layer_structure(model, X, out=None):
-    """Write each block as a product of matrices, into ``out`` if that is given."""
-    calls, handles, N = [], [], len(X)
-
-    def record(layer, inputs, output):
-        if output.requires_grad and len(inputs[0]) == N:
-            calls.append((layer, inputs[0].detach(), get_gradient_edge(output)))
-
-    for m in model.modules():
-        conv = type(m) is nn.Conv2d and m.groups == 1 and m.padding_mode == "zeros"
-        if type(m) is nn.Linear or (conv and not isinstance(m.padding, str)):
-            handles.append(m.register_forward_hook(record))
-    try:
-        fs, params = forward(model, X)
-    finally:
-        for handle in handles:
-            handle.remove()
-    count = Counter(p for layer, *_ in calls for p in layer.parameters())
-    if others := [name for name, p in params.items() if count[p] != 1]:
-        raise ValueError(f"not used by one Linear or plain Conv2d, once: {others}")
-    jacobian, C = out or empty(fs, params), fs.shape[1]
-    E = torch.eye(C, dtype=fs.dtype, device=device)[:, None].expand(C, N, C)
-    edges = [edge for *_, edge in calls]
-    deltas = vmap(lambda cotangents: autograd.grad(fs, edges, cotangents))(E)
-    names = {p: name for name, p in params.items()}
-    for (layer, a, _), delta in zip(calls, deltas):
-        if type(layer) is nn.Linear:  # on [N, I] or [N, T, I]
-            left = delta.reshape(C, N, -1, delta.shape[-1]).mT
-            right = a.reshape(N, -1, a.shape[-1])
-        else:  # linear, on windows
-            sizes = layer.kernel_size, layer.dilation, layer.padding, layer.stride
-            left, right = delta.flatten(3), F.unfold(a, *sizes).mT
-        if layer.weight in names:
-            rows = left.transpose(0, 1).flatten(1, 2)  # [N, C * O, T]
-            block = jacobian[names[layer.weight]].view(*rows.shape[:2], -1)
-            torch.bmm(rows, right, out=block)
-        if layer.bias in names:
-            jacobian[names[layer.bias]].copy_(left.sum(3).transpose(0, 1))
+        autograd.grad(loss, inputs)
+    jacobian = {}
+    for name, p in params.items():  # from [C, N, *p.shape]
+        jacobian[name] = p.sqrt_ggn_exact.transpose(0, 1) / 2**0.5
+        del p.sqrt_ggn_exact  # as large as the Jacobian
     return jacobian
 
 
 # %%
-# Theory
-# ------
-# To add a method, add an entry: its function, and the exponents of ``N``, ``C`` and
-# ``P`` that theory gives for its time and its memory beyond the Jacobian. A range says
-# that several terms compete.
-#
-# - Time: the first four send ``N * C`` cotangents through the whole batch, the others
-#   send ``C`` cotangents through each sample.
-# - Memory: cotangents that are held together grow as the width, with exponent 0.5 of
-#   ``P``. A gradient or a copy of the model grows as ``P``. A copy of the Jacobian
-#   grows as ``N * C * P``: rows that are stacked, or blocks of a convolution.
+# ``batched_jacobian`` takes any model and checks its result: the check is part of its
+# time. ``scale/universal_jacobian.py`` explains it; this is the same text.
 
-methods = {
-    "autograd loop": (autograd_loop, "2 1 1", "0-1 0 0.5-1"),
-    "is_grads_batched": (grads_batched, "2 1 1", "2 1-2 0.5-1"),
-    "functional.jacobian": (functional_jacobian, "2 1 1", "1 1 1"),
-    "jacrev of the batch": (jacrev_batch, "2 1 1", "2 1-2 0.5-1"),
-    "vmap(jacrev)": (vmap_jacrev, "1 1 1", "1 1 0.5-1"),
-    "BatchGrad": (batch_grad, "1 1 1", "1 0 1"),
-    "SqrtGGNExact": (sqrt_ggn, "1 1 1", "0-1 0-1 0.5-1"),
-    "layer structure": (layer_structure, "1 1 1", "1 0-1 0.5-1"),
-}
+# fold: batched_jacobian
+
+METHODS = "linear layers", "vmap(jacrev)", "sample by sample", "definition"
+LARGE = 2**16  # N * weight.numel() of a layer for which an outer product pays
+LIMIT = 10  # roundings: a right Jacobian is off by one or two
+
+
+class Jacobian(dict):
+    """``{name: [N, C, *p.shape]}``, and the ``method`` that gave it."""
+
+    method = None
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def batched_jacobian(model, X, *, out=None, method=None):
+    """Return the Jacobian of ``fs = model(X)``: ``{name: [N, C, *p.shape]}``.
+
+    ``X`` is a tensor ``[N, ...]``, and ``model(X)`` is ``[N, C]`` and finite. The names
+    are those of the parameters that require a gradient. The result is checked, and its
+    ``method`` says which of ``METHODS`` it took. In a loop, pass this ``method`` to
+    skip the check, and a result as ``out`` to write into. The model and ``X`` stay as
+    they are. Raises ``ValueError`` if an argument or ``model(X)`` is not as above.
+    """
+    params = trainable(model)
+    if method not in (None, *METHODS):
+        raise ValueError(f"method must be one of {METHODS}, but is {method!r}")
+    J, left = Jacobian.fromkeys(params), list(params)
+    with unchanged(model):
+        leaves, X = differentiable(params, X)
+        layers = linear_layers(model, len(X))
+        fs = None if method and out is None else outputs(model, leaves, X)
+        if fs is not None and not fs.isfinite().all():
+            raise ValueError("model(X) is not finite")
+        if out is not None:
+            check_blocks(out, fs, params)
+        calls = {
+            "linear layers": lambda: from_vmap(model, leaves, left, X, layers),
+            "vmap(jacrev)": lambda: from_vmap(model, leaves, left, X, []),
+            "sample by sample": lambda: from_rows(
+                (outputs(model, leaves, x)[0] for x in X.split(1)), leaves, left
+            ),
+            "definition": lambda: from_rows(
+                outputs(model, leaves, X) if fs is None else fs, leaves, left
+            ),
+        }
+        for J.method in [method] if method else METHODS[not layers :]:
+            try:
+                blocks = calls[J.method]()
+            except Exception:
+                if J.method in (method, "definition"):
+                    raise
+                continue
+            for name, block in blocks.items():
+                J[name] = write(block, params[name], out and out[name])
+            if J.method in (method, "definition"):
+                return J
+            u = random_weights(fs)
+            sums = {name: weighted_sum(u, block) for name, block in blocks.items()}
+            errors = errors_in_roundings(model, leaves, X, fs, u, sums)
+            left = [name for name, error in errors.items() if not error <= LIMIT]
+            if not left:
+                return J
+
+
+def trainable(model):
+    """Return the parameters that require a gradient, by name."""
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not params:
+        raise ValueError("no parameter of the model requires a gradient")
+    return params
+
+
+def differentiable(params, X):
+    """Return detached parameters and a copy of ``X``, both to differentiate by."""
+    if not isinstance(X, torch.Tensor) or X.ndim == 0 or len(X) == 0:
+        got = list(X.shape) if isinstance(X, torch.Tensor) else type(X).__name__
+        raise ValueError(f"X must be a tensor [N, ...] with N > 0, but is {got}")
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    return leaves, X.detach().clone().requires_grad_(X.is_floating_point())
+
+
+def outputs(model, leaves, X):
+    """Return ``fs = model(X)``, with copies of the buffers, or say what it is not."""
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    fs = functional_call(model, (leaves, buffers), X.clone())
+    if not isinstance(fs, torch.Tensor) or fs.ndim != 2 or len(fs) != len(X):
+        got = list(fs.shape) if isinstance(fs, torch.Tensor) else type(fs).__name__
+        raise ValueError(f"model(X) must be a tensor [N={len(X)}, C], but is {got}")
+    return fs
+
+
+def linear_layers(model, N):
+    """Return the linear layers whose blocks are outer products, and large."""
+    layers = [m for m in model.modules() if type(m) is nn.Linear]
+    others = [m for m in model.modules() if type(m) is not nn.Linear]
+    taken = {p for m in others for p in m.parameters(recurse=False)}
+    layers = [m for m in layers if taken.isdisjoint(m.parameters())]
+    return [m for m in layers if N * m.weight.numel() >= LARGE]
+
+
+@contextmanager
+def hooked(layers, hook):
+    handles = [layer.register_forward_hook(hook, prepend=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def from_vmap(model, leaves, names, X, layers):
+    """Return ``{name: block}`` from ``vmap(jacrev)``.
+
+    A parameter of ``layers`` has ``[(delta [N, C, O], a [N, I]), ...]`` for its calls:
+    ``J[n, c, o, i] = delta[n, c, o] * a[n, i]``. ``a`` is the layer's input, and
+    ``delta`` the derivative by a zero that is added to its output.
+    """
+    calls = []
+
+    def record(layer, args, output):
+        calls.append((layer, torch.zeros_like(output)))
+
+    with hooked(layers, record):
+        _ = outputs(model, leaves, X[:1]) if layers else None
+    several = [layer for layer, zero in calls if zero.numel() > zero.shape[-1]]
+    layers = [layer for layer in layers if layer not in several]
+    calls = [(layer, zero) for layer, zero in calls if layer not in several]
+    owned = {p: name for name, p in model.named_parameters() if name in names}
+    pairs = {owned[p]: [] for m, _ in calls for p in (m.weight, m.bias) if p in owned}
+    rest = {name: leaves[name].detach() for name in names if name not in pairs}
+    fixed = {name: p.detach() for name, p in leaves.items() if name not in rest}
+
+    def f(rest, zeros, x):
+        zeros, inputs = iter(zeros), []
+
+        def add(layer, args, output):
+            inputs.append(args[0])
+            return output + next(zeros)
+
+        with hooked(layers, add):
+            return outputs(model, fixed | rest, x[None])[0], inputs
+
+    f_jacobian = vmap(jacrev(f, (0, 1), has_aux=True), (None, None, 0))
+    zeros = [zero for _, zero in calls]
+    (blocks, deltas), inputs = f_jacobian(rest, zeros, X.detach())
+    for (layer, _), delta, a in zip(calls, deltas, inputs):
+        delta, a = delta.flatten(2), a.flatten(1).conj()
+        for p, factor in (layer.weight, a), (layer.bias, torch.ones_like(a[:, :1])):
+            if p in owned:
+                pairs[owned[p]].append((delta, factor))
+    return blocks | pairs
+
+
+def from_rows(rows, leaves, names):
+    """Return ``{name: block}`` from the rows ``fs[n]``, each of shape ``[C]``."""
+    values, blocks = [leaves[name] for name in names], []
+    for row in rows:
+        E = torch.eye(len(row)).to(row)
+        try:
+            options = {"is_grads_batched": True, "allow_unused": True}
+            grads = autograd.grad(row, values, E, retain_graph=True, **options)
+            zeros = (p.new_zeros(len(E), *p.shape) for p in values)
+            blocks.append([zero if g is None else g for g, zero in zip(grads, zeros)])
+        except Exception:  # an operation that cannot be batched
+            options = {"retain_graph": True, "materialize_grads": True}
+            grads = [autograd.grad(row, values, e, **options) for e in E]
+            blocks.append([torch.stack([g.to_dense() for g in p]) for p in zip(*grads)])
+    return dict(zip(names, map(torch.stack, zip(*blocks))))
+
+
+def write(block, p, out):
+    """Return a block as a tensor ``[N, C, *p.shape]``: in ``out``, if that is given."""
+    if isinstance(block, torch.Tensor):
+        return block.detach() if out is None else out.copy_(block)
+    if out is None:
+        out = p.new_empty(*block[0][0].shape[:2], *p.shape).detach()
+    for call, (delta, a) in enumerate(block):
+        column, row = delta.flatten(1)[:, :, None].to(p.dtype), a[:, None].to(p.dtype)
+        flat = out.view(*column.shape[:2], -1)  # [N, C * O, I]
+        flat.baddbmm_(column, row, beta=int(call > 0))  # the first call overwrites
+    return out
+
+
+def weighted_sum(u, block):
+    """Return the sum of ``u[n, c] * J[n, c]``, and the norm of ``J``."""
+    if isinstance(block, torch.Tensor):
+        return torch.tensordot(u.to(block.dtype), block, 2), norm(block)
+    total, size = 0, 0
+    for delta, a in block:
+        total = total + torch.einsum("nc,nco->on", u.to(delta.dtype), delta) @ a
+        size += norm(delta.norm(dim=2) * a.norm(dim=1)[:, None])
+    return total, size
+
+
+def norm(tensor):
+    """Return the norm as a number, which float16 would not hold."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor, dtype=wide).item()
+
+
+def random_weights(fs, seed=0):
+    """Return normal numbers like ``fs``, without the global random generator."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(fs.shape, generator=generator, device="cpu").to(fs)
+
+
+def errors_in_roundings(model, leaves, X, fs, u, sums):
+    """Return how far sums of ``u * J`` are from gradients of ``u * fs``, in roundings.
+
+    ``sums`` maps names to the sum and the norm of ``J``. One rounding is what ``u * J``
+    loses, and what the backward pass loses: it is linear in ``u``, so the gradients for
+    two parts of ``u`` would add up without rounding. If that is not enough, it is also
+    what the gradient changes if ``X`` and the parameters change by their precision.
+    """
+
+    def gradients(fs, leaves, X, u, names):
+        inputs = [leaves[name] for name in names] + [X] * X.requires_grad
+        grads = autograd.grad(fs, inputs, u, retain_graph=True, materialize_grads=True)
+        return {name: g.to_dense() for name, g in zip(names, grads)}
+
+    def nudged(tensor):
+        if not tensor.requires_grad:
+            return tensor
+        change = eps * tensor.detach() * random_weights(tensor, seed=2)
+        return (tensor.detach() + change).requires_grad_()
+
+    eps = max(torch.finfo(t.dtype).eps for t in (fs, *leaves.values()))
+    truth = gradients(fs, leaves, X, u, sums)
+    errors = {
+        k: norm(s.reshape(truth[k].shape) - truth[k]) for k, (s, _) in sums.items()
+    }
+    products = product_precision(fs)
+    rounding = {k: (eps * norm(u) + products) * size for k, (_, size) in sums.items()}
+
+    def doubtful():
+        return [k for k in sums if not errors[k] <= LIMIT * rounding[k]]
+
+    if names := doubtful():
+        v = random_weights(fs, seed=1)
+        first = gradients(fs, leaves, X, v, names)
+        second = gradients(fs, leaves, X, u - v, names)
+        for name in names:
+            rounding[name] += norm(truth[name] - first[name] - second[name])
+    if names := doubtful():
+        moved = {k: nudged(p) for k, p in leaves.items()}, nudged(X)
+        passes = []
+        with torch.random.fork_rng([X.device] * X.is_cuda):
+            for point in (leaves, X), moved:
+                torch.manual_seed(0)  # the same dropout for both
+                passes.append(gradients(outputs(model, *point), *point, u, names))
+        for name in names:
+            rounding[name] += norm(passes[0][name] - passes[1][name])
+    return {k: error / rounding[k] if error else 0.0 for k, error in errors.items()}
+
+
+def product_precision(fs):
+    """Return the relative precision of products, which TF32 and bfloat16 lower."""
+    backends = torch.backends
+    if fs.dtype != torch.float32:
+        return torch.finfo(fs.dtype).eps
+    settings = backends.mkldnn.matmul, backends.mkldnn.conv
+    if fs.is_cuda:
+        settings = backends.cuda.matmul, backends.cudnn.conv
+    modes = [setting.fp32_precision for setting in settings]
+    if "bf16" in modes:
+        return 2**-8
+    return 2**-11 if "tf32" in modes else torch.finfo(fs.dtype).eps
+
+
+def check_blocks(blocks, fs, params):
+    """Raise ``ValueError`` if ``blocks`` are not like the Jacobian of ``fs``."""
+    if set(blocks) != set(params):
+        got = list(blocks)
+        raise ValueError(f"a Jacobian has the names {list(params)}, but this has {got}")
+    for name, p in params.items():
+        wanted = fs.shape + p.shape, p.dtype, p.device
+        got = blocks[name].shape, blocks[name].dtype, blocks[name].device
+        if got != wanted:
+            raise ValueError(f"the block of {name} must be {wanted}, but is {got}")
+
+
+@contextmanager
+def unchanged(model):
+    """Ignore warnings, and put back what a call of the model changes."""
+    values = [v for m in model.modules() for v in (vars(m), *vars(m).values())]
+    containers = [(v, v.copy()) for v in values if isinstance(v, (dict, list, set))]
+    tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            # A reentrant checkpoint would hide its parameters from the gradient.
+            warnings.filterwarnings("error", "None of the inputs have requires_grad")
+            yield
+    finally:
+        for now, before in containers:
+            now.clear()
+            (now.extend if isinstance(now, list) else now.update)(before)
+        for now, before in tensors:
+            if not torch.equal(now, before):
+                now.data.copy_(before)
+
 
 # %%
-# Each method must match the loop in double precision before it is timed in single
-# precision. BackPACK's rule for ``AvgPool2d`` computes in the default type, and raises
-# for another one, so we set the default instead of converting the model.
+# The models: a multilayer perceptron (MLP), small and wide, a CNN on RGB images of 32
+# by 32 pixels, and a vision transformer with 36 patches.
 
-torch.set_default_dtype(torch.float64)
-for kind in SWEEPS:
-    model, X, _ = case(kind, N=5, C=3, width=4)
-    reference = autograd_loop(model, X)
-    for function, *_ in methods.values():
-        assert_close(function(model, X), reference)
-    print(f"{kind}: {len(methods)} methods agree.")
+# fold: The models and the batches
+
+
+def mlp(*widths):
+    """Return linear layers of these widths, with a ReLU between any two."""
+    pairs = [[nn.Linear(*sizes), nn.ReLU()] for sizes in pairwise(widths)]
+    return nn.Sequential(*sum(pairs, [])[:-1])
+
+
+def cnn(C):
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()]
+    layers += [nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AvgPool2d(32)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, C))
+
+
+class Block(nn.Module):
+    """Attention with four heads, in plain operations, and an MLP, on ``[N, T, D]``."""
+
+    def __init__(self, D):
+        super().__init__()
+        self.qkv = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 3 * D))
+        self.out = nn.Linear(D, D)
+        self.mlp = nn.Sequential(nn.LayerNorm(D), *mlp(D, 2 * D, D))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        x = x + self.out((weights @ v).transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+class Transformer(nn.Module):
+    def __init__(self, D, C):
+        super().__init__()
+        self.patches = nn.Conv2d(3, D, 5, stride=5)
+        self.blocks = nn.Sequential(Block(D), Block(D))
+        self.head = nn.Linear(D, C)
+
+    def forward(self, X):
+        return self.head(self.blocks(self.patches(X).flatten(2).mT).mean(1))
+
+
+_ = torch.manual_seed(0)
+cases = {
+    "small MLP, N = 2, C = 1": (mlp(16, 32, 32, 1), torch.rand(2, 16)),
+    "small MLP, N = 32, C = 5": (mlp(16, 32, 32, 5), torch.rand(32, 16)),
+    "wide MLP, N = 1, C = 10": (mlp(784, 256, 256, 10), torch.rand(1, 784)),
+    "wide MLP, N = 16, C = 10": (mlp(784, 256, 256, 10), torch.rand(16, 784)),
+    "CNN, N = 12, C = 10": (cnn(10), torch.rand(12, 3, 32, 32)),
+    "transformer, N = 12, C = 9": (Transformer(32, 9), torch.rand(12, 3, 30, 30)),
+}
+device = "cuda" if torch.cuda.is_available() else "cpu"
+cases = {case: (model.to(device), X.to(device)) for case, (model, X) in cases.items()}
+
+# %%
+# Each method must match the loop in double precision, on two samples and for each set
+# of kinds of layers, before it is timed in single precision. BackPACK has no rule for
+# some layers: it raises, or it warns, which counts as an error here. The loop is timed
+# where it is short.
+
+# fold: The check of each method on each model
+FEW = 40  # the loop is timed if N * C is at most this
+
+
+def calls(model, X):
+    """Return ``{method: (function, model, X)}`` for all methods."""
+    extended = extend(copy.deepcopy(model))  # BackPACK's hooks stay with a model
+    return {
+        "autograd loop": (autograd_loop, model, X),
+        "is_grads_batched": (grads_batched, model, X),
+        "vmap(jacrev)": (vmap_jacrev, model, X),
+        "BatchGrad": (batch_grad, extended, X),
+        "SqrtGGNExact": (sqrt_ggn, extended, X),
+        "batched_jacobian": (batched_jacobian, model, X),
+    }
+
+
+def agrees(J, function, *args):
+    """Return whether a method has rules for the model, or raise if it is wrong."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Extension saving to")
+            result = function(*args)
+    except (NotImplementedError, UserWarning, AssertionError):  # of BackPACK
+        return False
+    assert_close(dict(result), J)
+    return True
+
+
+torch.set_default_dtype(torch.float64)  # BackPACK's rule for AvgPool2d takes this type
+timed, right = {}, {}
+for case, (model, X) in cases.items():
+    layers = frozenset(map(type, model.modules()))
+    if layers not in right:
+        double, X_double = copy.deepcopy(model).double(), X[:2].double()
+        J, checks = autograd_loop(double, X_double), calls(double, X_double)
+        right[layers] = [name for name, call in checks.items() if agrees(J, *call)]
+        absent = (
+            ", ".join(name for name in checks if name not in right[layers]) or "none"
+        )
+        print(f"{case}: {len(right[layers])} methods agree. Without rules: {absent}.")
+    short = model(X).numel() <= FEW
+    timed[case] = [name for name in right[layers] if short or name != "autograd loop"]
 torch.set_default_dtype(torch.float32)
 
 # %%
-# Time and peak memory
-# --------------------
-# ``Timer`` warms up, repeats a call, and waits for a GPU. The peak is the largest sum
-# of the bytes that PyTorch allocates and frees in a call: on a CPU, its profiler
-# records them. What a library allocates without PyTorch is not seen.
+# Your case: take this, because
+# -----------------------------
+# Each method is called once for its peak memory, and then in turn with the others: the
+# smallest time counts, since other programs only add time. On a CPU it is the time that
+# this process computes, on one thread. Methods within ``TIE`` of the fastest tie: then
+# the one with the lower peak comes first.
 
-
-def quartiles(function, *args):
-    """Return the three quartiles of the seconds that ``function(*args)`` takes."""
-    names = {"f": function, "args": args}
-    timer = Timer("f(*args)", globals=names, num_threads=THREADS)
-    times = timer.adaptive_autorange(min_run_time=0.005, max_run_time=0.015).times
-    return torch.tensor(times).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+# fold: How time and peak memory are measured
+SECONDS = 0.2  # what the repeated calls of a case take; a longer call is not repeated
+TIE = 1.2
+os.environ["KINETO_LOG_LEVEL"] = "6"  # keep the profiler from writing to stderr
 
 
 def peak_bytes(function, *args):
     """Return the peak of the bytes that PyTorch allocates in ``function(*args)``."""
-    gc.collect()
-    if device == "cuda":
+    gc.collect()  # nothing older may be freed in the call
+    if any(isinstance(a, torch.Tensor) and a.is_cuda for a in args):
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
         function(*args)
@@ -274,192 +575,150 @@ def peak_bytes(function, *args):
     return max(accumulate(event.nbytes() for event in events))
 
 
-def measure(kind, N, C, width, names):
-    """Return the sizes, and the times and the memory of the methods in ``names``."""
-    model, X, entries = case(kind, N, C, width)
-    J = torch.empty(entries, device=device)
-    spread = {
-        "write, new memory": quartiles(lambda: torch.empty_like(J).fill_(1)),
-        "write, same memory": quartiles(lambda: J.fill_(1)),
-    }
-    memory = {"the Jacobian": J.nbytes}
-    for name in names:
-        spread[name] = quartiles(methods[name][0], model, X)
-        memory[name] = peak_bytes(methods[name][0], model, X) - J.nbytes
-    time = {name: median for name, (_, median, _) in spread.items()}
-    sizes = {"N": N, "C": C, "P": entries // N // C}
-    return sizes | {"time": time, "spread": spread, "memory": memory}
+def seconds_of(function, *args):
+    """Return the seconds of a call: of this process, or of a GPU that it waits for."""
+    clock = timer if device == "cuda" else process_time
+    start = clock()
+    function(*args)
+    return clock() - start
+
+
+def smallest_seconds(calls, limit):
+    """Return the smallest seconds of each of ``{name: (function, *args)}``."""
+    seconds = {name: seconds_of(*call) for name, call in calls.items()}
+    fast = [name for name in calls if seconds[name] < limit]
+    end = process_time() + limit
+    while fast and process_time() < end:
+        for name in fast:
+            seconds[name] = min(seconds[name], seconds_of(*calls[name]))
+    return seconds
 
 
 gc.freeze()  # what exists now is no garbage, and a search through it takes long
-points, sweeps = {}, {}
-for kind, axes in SWEEPS.items():
-    for axis, (size, values) in zip("NCP", axes.items()):
-        start, base = time.perf_counter(), points.get((kind, *BASE[kind].values()))
-        names = [n for n in methods if not base or base["time"].get(n, LIMIT) < LIMIT]
-        for value in values:
-            key = kind, *(BASE[kind] | {size: value}).values()
-            points[key] = points.get(key) or measure(*key, names)
-            names = [name for name in names if points[key]["time"][name] < LIMIT]
-            sweeps.setdefault((kind, axis), []).append(points[key])
-        seconds = time.perf_counter() - start
-        print(f"{kind}, {size} = {values}: {seconds:.1f} s", flush=True)
+cpuinfo = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+cpus = re.findall(r"model name\s*: (.*)", cpuinfo) + [platform.machine()]
+print(f"{cpus[0]}, one thread, device {device}, torch {torch.__version__}")
 
 # %%
-# Time against N, C and P
-# -----------------------
-# The slope of a line on logarithmic axes is the exponent. We print the slope of a line
-# fitted to the last three points, with theory in brackets. A smaller one means that
-# fixed costs still count. A larger one can come from new memory: see where its line
-# bends. The last layer has parameters for each output, so ``P`` grows with ``C``.
+# We print what to take, and the peak as a multiple of the bytes of the Jacobian. The
+# Jacobian is part of the peak, so the least is about one.
 
-COLORS = "black #E69F00 #F0E442 #009E73 #56B4E9 #0072B2 #D55E00 #CC79A7".split()
-styles = dict(zip(methods, zip(COLORS, "os^vDPX<")))
-plt.rcParams.update({"font.size": 11, "lines.markersize": 7})
-
-
-def growth(kind, quantity, title, scale):
-    """Draw how a quantity grows in each sweep, and print the slopes."""
-    fig, axes = plt.subplots(3, figsize=(5, 10), layout="constrained")
-    fig.suptitle(f"{kind}: {title}")
-    slopes = {}
-    for i, (ax, axis) in enumerate(zip(axes, "NCP")):
-        sweep, ends = sweeps[kind, axis], []
-        for name in sweep[0][quantity]:
-            line = [point for point in sweep if name in point[quantity]]
-            xs = [point[axis] for point in line]
-            ys = [point[quantity][name] * scale for point in line]
-            color, marker = styles.get(name, ("0.5", "_"))
-            ax.loglog(xs, ys, color=color, marker=marker, markeredgecolor="0.3")
-            ends.append((ys[-1], xs[-1], name, color))
-            if name in methods and len(xs) > 1:
-                slope, _ = np.polyfit(np.log(xs[-3:]), np.log(ys[-3:]), 1)
-                theory = methods[name][1 if quantity == "time" else 2].split()[i]
-                slopes.setdefault(name, []).append(
-                    f"{axis} {round(slope, 1) or 0.0} ({theory})"
-                )
-        for height, (y, x, name, color) in enumerate(sorted(ends)):
-            place = {"textcoords": "axes fraction", "va": "center"}
-            arrow = {"arrowstyle": "-", "color": color, "relpos": (0, 0.5)}
-            ax.annotate(name, (x, y), (1.08, height / 9), arrowprops=arrow, **place)
-        ax.set(xlabel=axis, ylabel=title, xticks=[point[axis] for point in sweep])
-        ax.set_xticklabels(point[axis] for point in sweep)
-        ax.minorticks_off()
-    plt.show()
-    for name, texts in slopes.items():
-        print(f"{name}: {', '.join(texts)}")
-
-
-growth("MLP", "time", "time in ms", 1e3)
+# fold: How the table is made
+times, memory = {}, {}
+for case, (model, X) in cases.items():
+    methods = {k: call for k, call in calls(model, X).items() if k in timed[case]}
+    peaks = {name: peak_bytes(*call) for name, call in methods.items()}
+    seconds = smallest_seconds(methods, SECONDS)
+    J_bytes = 4 * model(X).numel() * sum(p.numel() for p in model.parameters())
+    times[case] = {name: t / min(seconds.values()) for name, t in seconds.items()}
+    memory[case] = {name: peak / J_bytes for name, peak in peaks.items()}
+    ties = [name for name, t in times[case].items() if t <= TIE]
+    ties.sort(key=memory[case].get)
+    others = {name: t for name, t in times[case].items() if name not in ties}
+    print(f"{case}, J {J_bytes / 1e6:.3g} MB: take {' or '.join(ties)},")
+    print(f"  because of {1e3 * min(seconds.values()):.3g} ms", end="")
+    if others:
+        name = min(others, key=others.get)
+        print(f"; the next, {name}, takes x {others[name]:.1f}", end="")
+    least = min(peaks, key=peaks.get)
+    print(f";\n  least memory: {least}, {memory[case][least]:.2f} J.")
 
 # %%
-# Next, the CNN.
+# Why do they differ? The methods over the whole batch push ``N * C`` cotangents through
+# all ``N`` samples. The others push ``C`` through each sample: ``N`` times less work,
+# which pays when ``N`` is large, at a fixed cost, which counts when ``N * C`` or the
+# network is small. And each result has to be written, which takes most of the time
+# where the Jacobian is large.
 
-growth("CNN", "time", "time in ms", 1e3)
+# fold: How the picture is drawn
+COLORS = "black #E69F00 #009E73 #56B4E9 #CC79A7 #D55E00".split()
+STYLES = dict(zip(calls(model, X), zip(COLORS, "os^vDP")))
 
-# %%
-# Time to write the Jacobian
-# --------------------------
-# A result has to be written. We divide the times by that of writing the bytes of the
-# Jacobian, for the largest one: to new memory, or again and again to the same. New
-# memory takes longer where the system hands out its pages in each call. A method whose
-# memory is used again can stay below the first, and hardly below the second. With
-# ``out=``, ``layer_structure`` writes into its last result: no block is new.
 
-for kind in SWEEPS:
-    sizes = {key: p["memory"]["the Jacobian"] for key, p in points.items()}
-    key = max([key for key in sizes if key[0] == kind], key=sizes.get)
-    model, X, _ = case(*key)
-    out = layer_structure(model, X)
-    again = quartiles(layer_structure, model, X, out)[1]
-    times = points[key]["time"] | {"layer structure, out=": again}
-    (_, new), (_, same), *rest = times.items()
-    print(f"{kind}, {sizes[key] / 1e6:.0f} MB, new and same memory:")
-    for name, seconds in rest:
-        print(f"  {name}: x {seconds / new:.1f}, x {seconds / same:.1f}")
-
-# %%
-# Memory beyond the Jacobian
-# --------------------------
-# We subtract the Jacobian from the peak. A method above the gray line, the Jacobian,
-# needs more than twice the memory of its result.
-
-growth("MLP", "memory", "peak beyond J in MB", 1e-6)
-
-# %%
-# Convolutions have few parameters and many hidden values.
-
-growth("CNN", "memory", "peak beyond J in MB", 1e-6)
-
-# %%
-# Memory with chunk_size
-# ----------------------
-# In ``vmap``, ``chunk_size`` is a number of samples, in ``jacrev`` a number of outputs.
-# It limits the cotangents in flight, not the Jacobian. The chunks are copied into one
-# result in the end, so both exist at once. Where the Jacobian is most of the peak,
-# chunks raise it. Where cotangents are, chunks lower it.
-
-fig, axes = plt.subplots(2, figsize=(5, 6), layout="constrained")
-for ax, (kind, sizes) in zip(axes, CHUNKED.items()):
-    model, X, entries = case(kind, *sizes)
-    peaks = {"no chunks": peak_bytes(vmap_jacrev, model, X)}
-    for name, chunks in CHUNKS.items():
-        for chunk in chunks:
-            peak = peak_bytes(vmap_jacrev, model, X, *chunk)
-            peaks[f"{name}, {chunk[0] or chunk[1]}"] = peak
-            assert (peak > peaks["no chunks"]) == (kind == "MLP")
-    bars = ax.barh(list(peaks), [peak / entries / 4 for peak in peaks.values()])
-    ax.bar_label(
-        bars, [f"x {peak / peaks['no chunks']:.2f}" for peak in peaks.values()]
-    )
-    ax.axvline(1, color="black")
-    ax.margins(x=0.2)
-    ax.set(title=kind, xlabel="peak / Jacobian")
-fig.suptitle("Peak memory with chunk_size, x no chunks")
-plt.show()
-
-# %%
-# Fastest method for N, C, P and the kind of model
-# ------------------------------------------------
-# Each row of the picture is a point of a sweep, with its times divided by the smallest.
-# Bars join the quartiles. Two methods tie if their medians lie in the gray band, or if
-# their quartiles overlap. We print which methods are fastest, the ratio to the next one
-# that does not tie, and which method needs the least memory.
-
-results = {}
-fig, axes = plt.subplots(2, figsize=(5, 11), layout="constrained")
-for ax, kind in zip(axes, SWEEPS):
-    rows = {f"{x} = {point[x]}": point for x in "NCP" for point in sweeps[kind, x]}
-    results[kind] = {}
-    for y, (row, point) in enumerate(rows.items()):
-        times = {name: t for name, t in point["time"].items() if name in methods}
-        results[kind][row] = times
-        best = min(times, key=times.get)
-        for name in times:
-            low, median, high = (t / times[best] for t in point["spread"][name])
-            color, marker = styles[name]
-            ax.plot([low, high], [y, y], color=color)
-            ax.plot(median, y, marker, color=color, markeredgecolor="0.3", label=name)
-        bound = max(TIE * times[best], point["spread"][best][2])
-        ties = [name for name in times if point["spread"][name][0] <= bound]
-        others = [time for name, time in times.items() if name not in ties]
-        ahead = f", next x {min(others) / times[best]:.1f}" if others else ""
-        least = min(times, key=point["memory"].get)
-        print(f"{kind}, {row}: {' = '.join(ties)}{ahead}; least memory: {least}")
-    ax.axvspan(1, TIE, color="0.85")
-    ax.set(xscale="log", title=kind, xlabel="time / smallest time of the row")
-    ax.set_yticks(range(len(rows)), rows)
+def draw(values, title, xlabel):
+    """Draw a row for each case of ``values``, with a mark for each method."""
+    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for name, (color, marker) in STYLES.items():
+        marks = [(row[name], y) for y, row in enumerate(values.values()) if name in row]
+        xs, ys = zip(*marks)
+        style = {"color": color, "marker": marker, "markersize": 11, "zorder": 3}
+        ax.plot(xs, ys, linestyle="", markeredgecolor="white", label=name, **style)
+    ax.set(xscale="log", xlabel=xlabel)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_yticks(range(len(values)), values)
     ax.invert_yaxis()
-fig.suptitle("Time, as a multiple of the fastest")
-handles, names = axes[0].get_legend_handles_labels()
-legend = dict(zip(names, handles))
-fig.legend(legend.values(), legend, loc="outside lower center", ncols=2)
+    ax.grid(color="0.85")
+    fig.suptitle(title)
+    fig.legend(loc="outside lower center", ncols=3)
+    plt.show()
+
+
+worst = {name: max(row.get(name, 1) for row in times.values()) for name in STYLES}
+title = f"vmap(jacrev): at most {worst['vmap(jacrev)']:.1f} times the fastest method"
+draw(times, title, "time as a multiple of the fastest")
+print(f"batched_jacobian: at most {worst['batched_jacobian']:.1f} times the fastest.")
+
+# %%
+# Peak memory
+# -----------
+# What is not the Jacobian is mostly cotangents: in a CNN many pixels share a parameter,
+# so they can be larger. Then compute a few samples at a time, as
+# ``scale/jacobians_without_memory.py`` does.
+
+most = max(peak for row in memory.values() for peak in row.values())
+title = f"Peak memory: up to {most:.3g} times the Jacobian"
+draw(memory, title, "peak as a multiple of the Jacobian")
+
+# %%
+# Growth with N, C and P
+# ----------------------
+# We start from a small MLP, and change one size at a time. A method leaves after a call
+# that takes more than ``LONG`` seconds. We print by how much the time grows from its
+# first to its last point.
+
+# fold: How the growth is measured and drawn
+LONG = 0.03
+SIZES = {"N": (2, 8, 32, 96), "C": (2, 6, 20), "width": (16, 48, 160)}
+fig, axes = plt.subplots(1, 3, figsize=(8, 4), sharey=True, layout="constrained")
+growth = {name: [] for name in STYLES}
+for ax, (size, values) in zip(axes, SIZES.items()):
+    lines = {name: {} for name in STYLES}
+    for value in values:
+        N, C, width = ({"N": 24, "C": 5, "width": 32} | {size: value}).values()
+        X = torch.rand(N, 16, device=device)
+        methods = calls(mlp(16, width, width, C).to(device), X)
+        methods = {
+            name: call
+            for name, call in methods.items()
+            if all(seconds <= LONG for seconds in lines[name].values())
+        }
+        for name, seconds in smallest_seconds(methods, LONG).items():
+            lines[name][value] = seconds
+    for name, line in lines.items():
+        color, marker = STYLES[name]
+        ys = [1e3 * seconds for seconds in line.values()]
+        ax.loglog(list(line), ys, color=color, marker=marker, label=name)
+        text = f"x {ys[-1] / ys[0]:.3g} for {size} {min(line)} to {max(line)}"
+        growth[name].append(text)
+    ax.set(xlabel=size, xticks=values, xticklabels=values)
+    ax.minorticks_off()
+axes[0].set_ylabel("time in ms")
+fig.suptitle("Time against N, C and the width of a small MLP")
+fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 plt.show()
+for name, texts in growth.items():
+    print(f"{name}: {', '.join(texts)}")
 torch.set_num_threads(default_threads)
 
 # %%
-# Where to go next
-# ----------------
-# Next: ``scale/universal_jacobian.py`` takes layer structure to any model. The
-# alternative: ``compute/torch_func_jacobians.py`` teaches the methods of PyTorch alone,
-# and ``batched_jacobians.py`` teaches ``BatchGrad`` and ``SqrtGGNExact``.
+# What to take home
+# -----------------
+# - The table above is from the machine that built this page. Run the script on yours,
+#   with your model and batch in ``cases``.
+# - ``vmap(jacrev)`` needs no other package and six lines; ``batched_jacobian`` checks
+#   its result, and takes models that ``vmap`` does not.
+# - With few samples and outputs the fixed cost decides: see the rows of ``N = 1`` and
+#   ``N = 2`` before you prefer ``vmap``.
+#
+# Next: ``scale/universal_jacobian.py`` teaches ``batched_jacobian``. The alternative:
+# ``compute/torch_func_jacobians.py`` teaches the methods of PyTorch alone.
