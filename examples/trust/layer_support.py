@@ -25,6 +25,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
+from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 threads = torch.get_num_threads()
@@ -42,6 +43,7 @@ X = torch.rand(5, 1, 7, requires_grad=True)
 with backpack(BatchGrad()):
     conv(X).sum().backward()
 truth = torch.stack([autograd.grad(conv(x).sum(), conv.weight)[0] for x in X])
+assert_close(truth.sum(0), conv.weight.grad)
 off = (conv.weight.grad_batch - truth).norm() / truth.norm()
 assert off > 0.1
 print(f"BatchGrad, circular padding: no error, and off by {off:.0%}.")
@@ -211,7 +213,7 @@ def agree(jacobian, expected):
     return jacobian.keys() == expected.keys() and all(
         J.shape == expected[name].shape
         and norm(J - expected[name])
-        <= eps**0.5 * norm(expected[name]) + 100 * eps * largest
+        <= eps**0.5 * norm(expected[name]) + 10 * eps * largest
         for name, J in jacobian.items()
     )
 
@@ -235,7 +237,7 @@ def verdicts(model, X, dtype=torch.float64):
     with WithoutGraph():
         model = copy.deepcopy(model).to(dtype)
     if X.is_floating_point():
-        X = X.detach().to(dtype).requires_grad_()
+        X = X.detach().clone().to(dtype).requires_grad_()
 
     def run(function):
         _ = torch.manual_seed(0)
@@ -602,26 +604,26 @@ def divided_bar(ax, left, row, width, counts):
     """Draw a bar that is divided as the counts are."""
     for part, (label, color) in zip(counts, COLORS.items()):
         part *= width / sum(counts)
-        bar = ax.barh(row, part, 0.84, left, color=color, label=label)
+        _ = ax.barh(row, part, 0.84, left, color=color, label=label)
         left += part
-    return bar
 
 
 fig, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
 for row, names in enumerate(groups.values()):
     for column, method in enumerate(methods):
-        counts = count(names, method)
-        divided_bar(ax, column, row, 0.92, counts)
-        if counts[1]:
-            place = column + 0.46, row
-            ax.text(*place, counts[1], weight="bold", ha="center", va="center")
+        right, wrong, errors = count(names, method)
+        divided_bar(ax, column, row, 0.92, (right, wrong, errors))
+        if wrong:
+            place = column + 0.92 * (right + wrong / 2) / len(names), row
+            ax.text(*place, wrong, weight="bold", ha="center", va="center")
 ax.set_yticks(range(len(groups)), [f"{k} ({len(v)})" for k, v in groups.items()])
 ax.set_xticks([x + 0.3 for x in range(len(methods))], methods, rotation=40, ha="left")
 ax.tick_params(length=0, labelbottom=False, labeltop=True)
 ax.set(xlim=(-0.08, len(methods)), ylim=(len(groups) - 0.5, -0.5))
 ax.spines[:].set_visible(False)
 right, wrong, _ = count(cases, "vmap(jacrev)")
-fig.suptitle(f"vmap(jacrev) is right for {right} of {len(cases)}, wrong for {wrong}")
+title = f"vmap(jacrev): {right} of {len(cases)} cases right, {wrong} wrong"
+fig.suptitle(f"{title}. BatchGrad: {count(cases, 'BatchGrad')[1]} wrong")
 handles, labels = ax.get_legend_handles_labels()
 fig.legend(handles[:3], labels[:3], loc="outside lower center", ncols=3)
 plt.show()
@@ -651,7 +653,8 @@ for row, counts in enumerate(rows.values()):
 ax.axhline(len(methods) - 0.5, color="black")
 ax.set_yticks(range(len(rows)), rows)
 ax.set(xlabel="cases", xlim=(0, 122), ylim=(len(rows) - 0.5, -0.5))
-ax.set_title("Right and wrong: this page above, stored counts of others below")
+ax.spines[:].set_visible(False)
+fig.suptitle("Cases that are right: measured here, below the line stored counts")
 handles, labels = ax.get_legend_handles_labels()
 fig.legend(handles[:3], labels[:3], loc="outside lower center", ncols=3)
 plt.show()
@@ -737,21 +740,27 @@ def positions(N, T):
     return stack([T, 6], nn.Linear(6, 8), add, N=N)
 
 
-twice = vectors(Own(lambda m, x: torch.relu(torch.relu(x) - 0.1)))
+def relu_twice():
+    return vectors(Own(lambda m, x: torch.relu(torch.relu(x) - 0.1)))
+
+
 for method, text, case in [
     ("vmap(jacrev)", "PReLU, N = 5, C = 2", prelu(5, 2)),
     ("vmap(jacrev)", "PReLU, N = 3, C = 3", prelu(3, 3)),
     ("BatchGrad", "position embedding, N = 5, T = 7", positions(5, 7)),
     ("BatchGrad", "position embedding, N = 5, T = 5", positions(5, 5)),
-    ("SqrtGGNExact", "dropout", cases["Dropout, training"]()),
-    ("SqrtGGNExact", "dropout of zeros", cases["Dropout of zeros"]()),
-    ("BatchGrad, converted", "F.relu", cases["F.relu"]()),
-    ("BatchGrad, converted", "torch.relu, twice", twice),
-    ("vmap(jacrev)", "LSTM, float64", cases["LSTM"]()),
+    ("BatchGrad, converted", "torch.relu, twice", relu_twice()),
 ]:
     print(f"{method}, {text}: {verdicts(*case)[method]}")
 verdict = verdicts(*cases["LSTM"](), dtype=torch.float32)["vmap(jacrev)"]
-print(f"vmap(jacrev), LSTM, float32: {verdict}")
+print(f"vmap(jacrev), LSTM in float32: {verdict}")
+for method, name in [
+    ("vmap(jacrev)", "LSTM"),
+    ("BatchGrad, converted", "F.relu"),
+    ("SqrtGGNExact", "Dropout, training"),
+    ("SqrtGGNExact", "Dropout of zeros"),
+]:
+    print(f"{method}, {name}: {results[name, method]}")
 
 # %%
 # LoRA, temperature, padding mask, kept activations
