@@ -295,10 +295,6 @@ def test_loss_takes_one_axis_of_outputs():
             loss.backward()
 
 
-def test_page_leaves_the_fast_path_on(names):
-    assert names["models"] and torch.backends.mha.get_fastpath_enabled()
-
-
 def test_error_that_is_gone_fails_the_page(names, capsys):
     names["print_error"]("a view", torch.rand(2).reshape, 3)
     assert capsys.readouterr().out.startswith("a view: RuntimeError: shape '[3]'")

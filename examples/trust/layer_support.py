@@ -616,14 +616,17 @@ for row, names in enumerate(groups.values()):
         if wrong:
             place = column + 0.92 * (right + wrong / 2) / len(names), row
             ax.text(*place, wrong, weight="bold", ha="center", va="center")
-ax.set_yticks(range(len(groups)), [f"{k} ({len(v)})" for k, v in groups.items()])
-ax.set_xticks([x + 0.3 for x in range(len(methods))], methods, rotation=40, ha="left")
+rows = [f"{name} ({len(group)})" for name, group in groups.items()]
+columns, places = list(methods), [column + 0.3 for column in range(len(methods))]
+ax.set_yticks(range(len(rows)), rows)
+ax.set_xticks(places, columns, rotation=40, ha="left")
 ax.tick_params(length=0, labelbottom=False, labeltop=True)
-ax.set(xlim=(-0.08, len(methods)), ylim=(len(groups) - 0.5, -0.5))
+ax.set(xlim=(-0.08, len(columns)), ylim=(len(rows) - 0.5, -0.5))
 ax.spines[:].set_visible(False)
 right, wrong, _ = count(cases, "vmap(jacrev)")
 title = f"vmap(jacrev): {right} of {len(cases)} cases right, {wrong} wrong"
-fig.suptitle(f"{title}. BatchGrad: {count(cases, 'BatchGrad')[1]} wrong")
+title += f". BatchGrad: {count(cases, 'BatchGrad')[1]} wrong"
+fig.suptitle(title)
 handles, labels = ax.get_legend_handles_labels()
 fig.legend(handles[:3], labels[:3], loc="outside lower center", ncols=3)
 plt.show()
@@ -650,7 +653,7 @@ for row, counts in enumerate(rows.values()):
     divided_bar(ax, 0, row, sum(counts), counts)
     ax.text(1, row, counts[0], va="center")
     ax.text(106, row, f"{counts[1]} wrong", va="center")
-ax.axhline(len(methods) - 0.5, color="black")
+ax.axhline(len(columns) - 0.5, color="black")
 ax.set_yticks(range(len(rows)), rows)
 ax.set(xlabel="cases", xlim=(0, 122), ylim=(len(rows) - 0.5, -0.5))
 ax.spines[:].set_visible(False)
