@@ -182,9 +182,7 @@ def test_figure_says_how_many_are_right_and_wrong(results):
     images = page.select("img.sphx-glr-single-img[alt]")
     first, second = [image["alt"] for image in images][-2:]
     vmap = [verdict for (_, method), verdict in results.items() if "vmap" in method]
-    text = (
-        f"{vmap.count('right')} of {len(vmap)} cases right, {vmap.count('wrong')} wrong"
-    )
+    text = f"{vmap.count('right')} of {len(vmap)} right, {vmap.count('wrong')} wrong"
     assert f"vmap(jacrev): {text}. BatchGrad: {len(WRONG['BatchGrad'])} wrong" in first
     assert "stored" in second
 
