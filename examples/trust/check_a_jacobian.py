@@ -421,7 +421,7 @@ colors, names = ("#E69F00", "#56B4E9", "#CC79A7", "#D55E00"), list(right)
 ax.scatter(right.values(), names, s=120, color="#009E73", label="right")
 for (kind, errors), color, mark in zip(wrong.items(), colors, "sD^v"):
     ax.scatter(errors, names, s=80, marker=mark, color=color, label=kind)
-ax.axvline(LIMIT, color="black", linestyle="--", label="LIMIT")
+_ = ax.axvline(LIMIT, color="black", linestyle="--", label="LIMIT")
 ax.set(xscale="log", xlabel="error in roundings", ylim=(len(right) - 0.5, -0.5))
 largest = max(right.values())
 ax.set_title(f"Right: at most {largest:.1f} roundings. Wrong: {smallest:.0f} and more")
@@ -469,6 +469,8 @@ for arguments in (
 #   of this batch, and not of one sample.
 # - With random numbers, such as dropout in training, each forward pass is another
 #   function, and a right Jacobian of one is wrong for the next. Take ``eval()``.
+# - The third rounding is that of a model that is continuous. Behind a jump, such as a
+#   parameter that is rounded to an integer, wrong blocks can pass.
 # - In ``bfloat16`` and ``float16`` roundings are large, and grow with ``N * C``: wrong
 #   blocks pass. Check the method on ``model.float()``.
 
