@@ -254,7 +254,7 @@ def memory_plan(model, X, available):
 
 large = {
     "MLP": (mlp(64, 128, 128, 10).float(), torch.rand(64, 64).float()),
-    "CNN": (cnn(16, 10).float(), torch.rand(24, 3, 16, 16).float()),
+    "CNN": (cnn(16, 10).float(), torch.rand(40, 3, 12, 12).float()),
 }
 plans = {}
 for name, (model, X) in large.items():
@@ -517,13 +517,13 @@ def peaks_of_all_ways(model, X):
 
     def into_memory():
         out = {name: p.new_empty(N, C, *p.shape) for name, p in ones.items()}
-        write_jacobian(model, X, out, (2, C))
+        write_jacobian(model, X, out, (8, C))
 
     ways = {
         "vmap(jacrev)": lambda: vmap_jacrev(model, X),
-        "vmap, chunk_size=2": lambda: chunked(2),
+        "vmap, chunk_size=8": lambda: chunked(8),
         "chunks into memory": into_memory,
-        "streamed sum": lambda: gram_diagonal(model, X, (2, C)),
+        "streamed sum": lambda: gram_diagonal(model, X, (8, C)),
         "J v": lambda: jacobian_product(model, X, ones),
         "J^T u": lambda: transposed_product(model, X, torch.ones(N, C).to(X)),
     }

@@ -8,7 +8,7 @@ the Jacobian.
 """
 
 import math
-import os
+import time
 import warnings
 from contextlib import contextmanager
 from itertools import combinations_with_replacement, pairwise, product
@@ -138,11 +138,11 @@ def called_together(model, leaves, calls, C):
             groups.setdefault(tuple(places), []).append(name)
     for places, names in groups.items():
         layer, zeros = calls[places[0]]
-        O = zeros.shape[1 if type(layer) is nn.Conv2d else -1]
-        I = layer.weight.numel() // O
-        T = sum(calls[i][1].numel() for i in places) // O
-        kinds = {type(calls[i][0]) for i in places}
-        if len(kinds) == 1 and T * (C * O + I) < C * O * I:
+        n_out = zeros.shape[1 if type(layer) is nn.Conv2d else -1]
+        n_in = layer.weight.numel() // n_out
+        T = sum(calls[i][1].numel() for i in places) // n_out
+        is_one_kind = len({type(calls[i][0]) for i in places}) == 1
+        if is_one_kind and T * (C * n_out + n_in) < C * n_out * n_in:
             together[tuple(names)] = places
     return together
 
@@ -427,8 +427,8 @@ def tiles(K, is_symmetric):
 
 def add_factors(K, delta, a, delta_Z, a_Z):
     """Add the inner products of blocks that are given as factors to ``K``."""
-    C, T, O, I, S = *delta.shape[1:], a.shape[2], a_Z.shape[1]
-    if T * S * (I + C * C * O) > C * C * O * I:
+    (C, T, n_out), (S, n_in) = delta.shape[1:], a_Z.shape[1:]
+    if T * S * (n_in + C * C * n_out) > C * C * n_out * n_in:
         rows = torch.einsum("ncto,nti->ncoi", delta, a)
         is_symmetric = delta is delta_Z
         others = rows if is_symmetric else torch.einsum("ncto,nti->ncoi", delta_Z, a_Z)
@@ -542,27 +542,28 @@ for title, (case, X_case, Z_case) in cases.items():
 @torch.inference_mode(False)
 @torch.enable_grad()
 def samples_apart(model, X, samples):
-    """Raise ``ValueError`` if samples of different chunks influence each other.
+    """Return the shape of ``fs = model(X)``; raise if chunks of samples are not J.
 
-    For random ``u [N, C]``, it compares the gradient of ``u * model(X)`` with the sum
-    of those of the chunks, of so many samples. The chunks' norms estimate that of J.
+    For random ``u [N, C]`` it compares the gradient of ``u * fs`` with the sum of those
+    of chunks of so many samples, whose norms estimate that of J. Raises ``ValueError``
+    if samples influence each other, or ``fs`` is random, not finite or not ``[N, C]``.
     """
-    params = trainable(model)
     with unchanged(model):
-        leaves, X = differentiable(params, X)
+        leaves, X = differentiable(trainable(model), X)
         fs = outputs(model, leaves, X)
         if not fs.isfinite().all():
             raise ValueError("model(X) is not finite")
         u, sums = random_weights(fs), dict.fromkeys(leaves, (0, 0))
-        for x, part in zip(X.split(samples), u.split(samples)):
+        for x, weights in zip(X.split(samples), u.split(samples)):
             rows, values = outputs(model, leaves, x), leaves.values()
-            grads = autograd.grad(rows, values, part, materialize_grads=True)
+            grads = autograd.grad(rows, values, weights, materialize_grads=True)
             for (name, (total, size)), grad in zip(sums.items(), grads):
-                total, size = total + grad.to_dense(), math.hypot(size, norm(grad))
-                sums[name] = total, size
+                grad = grad.to_dense()
+                sums[name] = total + grad, math.hypot(size, norm(grad))
         errors = errors_in_roundings(model, leaves, X, fs, u, sums)
     if wrong := [name for name, error in errors.items() if not error <= LIMIT]:
         raise ValueError(f"samples influence each other, or fs is random: {wrong}")
+    return fs.shape
 
 
 def write_ntk(model, X, out, samples):
@@ -571,8 +572,7 @@ def write_ntk(model, X, out, samples):
     Each tile is of so many samples. Raises ``ValueError`` before it writes if ``out``
     has another shape, or samples influence each other.
     """
-    samples_apart(model, X, samples)
-    N, C = len(X), ntk(model, X[:1]).shape[1]
+    N, C = samples_apart(model, X, samples)
     if list(out.shape) not in ([N, C, N, C], [N, N]):
         raise ValueError(f"out is {list(out.shape)}, not {[N, C, N, C]} or {[N, N]}")
     for i, j in combinations_with_replacement(range(0, N, samples), 2):
@@ -606,8 +606,7 @@ print("In one piece, its kernel agrees: blocks come from the definition there.")
 # ------------------
 # The diagonal of ``K`` holds the squared norms of the rows of ``J``. The gradient of a
 # loss of sample ``n`` is the sum of ``u[n, c] J[n, c]``, where ``u`` is the derivative
-# of the loss by ``fs``; its norm needs no more. ``use/private_training.py`` clips by
-# such norms.
+# of the loss by ``fs``; its norm needs no more.
 
 
 def squared_norms(model, X, u=None):
@@ -644,9 +643,9 @@ print("Norms of the gradients:", ", ".join(f"{found:.3f}" for found in norms))
 # ---------------------------------
 # `PyTorch's tutorial on the NTK
 # <https://docs.pytorch.org/tutorials/intermediate/neural_tangent_kernels.html>`_
-# computes ``J`` with ``vmap(jacrev)``, and contracts each block with itself. Both run in
-# turn, in single precision on one thread. The last bars are what other packages took
-# for the same cases, on another machine: compare these with each other only.
+# computes ``J`` with ``vmap(jacrev)``, and contracts each block with itself. Both run
+# in turn, in single precision on one thread, and we take the time of the processor. How
+# other packages compare with torch.func was measured on another machine.
 
 # fold: How the time is measured, and what others took
 
@@ -668,20 +667,20 @@ def contracted(model, X):
 
 
 def seconds(function, *args):
-    """Return the time of one call."""
-    return Timer("f(*args)", globals={"f": function, "args": args}).timeit(1).mean
+    """Return the time of the processor for one call."""
+    names = {"f": function, "args": args}
+    return Timer("f(*args)", globals=names, timer=time.process_time).timeit(1).mean
 
 
-# Times as fast as torch.func, from one run of all packages on one thread of another
-# machine: None of these is measured here.
-OTHERS = {
-    "nngeometry 0.4": [631 / 88, 1745 / 108, 172 / 732],
-    "TorchJD 0.18": [631 / 695, 1745 / 2101, 172 / 175],
+OTHERS = {  # ms of torch.func / ms of the package, not measured here
+    "nngeometry 0.4, elsewhere": [631 / 88, 1745 / 108, 172 / 732],
+    "TorchJD 0.18, elsewhere": [631 / 695, 1745 / 2101, 172 / 175],
 }
 
 # %%
-# The CNN has fewer factors to gain from: its time goes into the contraction of the
-# second convolution, which ``add_factors`` halves.
+# On the MLPs, ``J`` is never built. On the CNN, the contraction for the second
+# convolution takes most of the time: its factors have too many positions to multiply
+# in pairs, and what remains to gain is half of a symmetric kernel.
 
 # fold: The measurement
 
@@ -690,7 +689,7 @@ torch.set_num_threads(1)
 benchmark = {  # model, X, rounds
     "MLP 64-128-128-10, N = 128": (mlp(64, 128, 128, 10), torch.rand(128, 64), 1),
     "MLP 784-256-256-10, N = 64": (mlp(784, 256, 256, 10), torch.rand(64, 784), 1),
-    "CNN 17-34, 8x8, N = 128": (cnn(17, 10), torch.rand(128, 1, 8, 8), 5),
+    "CNN 17-34, 8x8, N = 128": (cnn(17, 10), torch.rand(128, 1, 8, 8), 3),
 }
 ratios = {}
 for title, (case, X_case, rounds) in benchmark.items():
@@ -701,7 +700,6 @@ for title, (case, X_case, rounds) in benchmark.items():
     ours, dense = map(min, zip(*times))
     ratios[title] = dense / ours
     print(f"{title}: from J {1e3 * dense:.0f} ms, from factors {1e3 * ours:.0f} ms")
-    error = ntk(case, X_case) / contracted(case, X_case) - 1
 
 # %%
 # The picture shows the ratios.
@@ -710,29 +708,27 @@ for title, (case, X_case, rounds) in benchmark.items():
 
 fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
 shown = {"factors, measured here": list(ratios.values()), **OTHERS}
-for (label, speeds), marker, color in zip(
-    shown.items(), "osD", ("#0072B2", "#E69F00", "#CC79A7")
-):
+styles = zip("osD", ("#0072B2", "#E69F00", "#CC79A7"))
+for (label, speeds), (marker, color) in zip(shown.items(), styles):
     ax.plot(speeds, list(ratios), marker, color=color, label=label, markersize=11)
 ax.axvline(1, color="black")
 ax.set(
     xscale="log", xlabel="times as fast as torch.func's contraction", ylim=(2.5, -0.5)
 )
-ax.legend(loc="upper center", bbox_to_anchor=(0.3, -0.2), ncols=3)
-mlp_ratio, cnn_ratio = list(ratios.values())[1:]
-ax.set_title(
-    f"NTK from factors: {mlp_ratio:.0f} times as fast on an MLP, {cnn_ratio:.1f} times on a CNN"
-)
+ax.legend(loc="center right")
+_, of_mlp, of_cnn = ratios.values()
+title = f"NTK from factors: {of_mlp:.0f} times as fast on an MLP, {of_cnn:.1f} on a CNN"
+ax.set_title(title, loc="right")
 plt.show()
 
 # %%
 # Where ``J`` is larger than the memory of most machines, the factors are still small.
 
-huge, X_huge = mlp(784, 4000, 4000, 10).float(), torch.rand(64, 784).float()
+huge, X_huge = mlp(784, 3000, 3000, 10).float(), torch.rand(64, 784).float()
 gigabytes = 64 * 10 * sum(p.nbytes for p in huge.parameters()) / 1e9
-time = seconds(ntk, huge, X_huge)
+duration = seconds(ntk, huge, X_huge)
 torch.set_num_threads(threads)
-print(f"J would have {gigabytes:.0f} GB, its kernel takes {time:.1f} s.")
+print(f"J would have {gigabytes:.0f} GB, its kernel takes {duration:.1f} s.")
 
 # %%
 # What to take home
@@ -743,4 +739,4 @@ print(f"J would have {gigabytes:.0f} GB, its kernel takes {time:.1f} s.")
 # - ``ntk`` checks its factors against a gradient, and falls back to blocks.
 #
 # Next: ``scale/distributed_jacobians.py`` splits ``J`` over processes. The alternative:
-# ``scale/jacobians_without_memory.py`` streams ``J`` in chunks, for any reduction of it.
+# ``scale/jacobians_without_memory.py`` streams ``J`` in chunks, for other sums over it.
