@@ -3,500 +3,332 @@ Jacobians on several processes
 ==============================
 
 After this page you can compute the Jacobian, and the kernel of all pairs of samples,
-with more than one process or machine. Each process holds only its part of the samples,
-and of the result. You see what travels between them, how much memory a process needs,
-and how to work out what a run on many machines would cost.
+with several processes or machines. Each process holds only its part of the samples, and
+its part of the result.
 """
 
-import inspect
-import os
+# %%
+# PyTorch calls one process of such a run a rank. ``torchrun`` starts a file as any
+# number of ranks. A notebook is no file, so on this page a program of the ranks is a
+# text, and ``launch`` writes it to a temporary folder, starts it there, and returns
+# what each rank saves.
+
+# fold: Imports, and how the ranks are started
 import subprocess
 import sys
 import tempfile
-import time
-from datetime import timedelta
-from itertools import accumulate, product
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-import torch.utils.benchmark
-from torch import distributed as dist
-from torch import nn
+from torch import autograd, nn
+from torch.testing import assert_close
+
+
+def launch(program, ranks, *inputs, timeout=120):
+    """Run a program on several ranks, and return what each of them saves.
+
+    The program reads ``inputs`` from ``inputs.pt`` and saves to ``{rank}.pt``. Raises
+    ``RuntimeError`` with all that was written if a rank fails, and
+    ``subprocess.TimeoutExpired`` after ``timeout`` seconds. Then all ranks have ended.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "program.py").write_text(program)
+        torch.save(inputs, Path(folder, "inputs.pt"))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={ranks}", f"--log-dir={folder}", "program.py"]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, cwd=folder, text=True, **streams) as torchrun:
+            try:
+                written, _ = torchrun.communicate(timeout=timeout)
+            finally:
+                torchrun.terminate()  # and it ends its ranks
+        if torchrun.returncode:
+            raise RuntimeError(written)
+        return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(ranks)]
+
 
 # %%
-# Ranks and sizes
-# ---------------
-# PyTorch calls a process of such a run a rank. The outputs ``fs = model(X)`` have shape
-# ``[N, C]``, and ``N`` is not divisible by the number of ranks. The small problem is
-# for checks, the large one for measurements. Every rank builds the same model from the
-# same seed: yours would load a checkpoint.
+# Rows on two ranks
+# -----------------
+# The outputs ``fs = model(X)`` have shape ``[N, C]``. A rank takes its share ``N_r`` of
+# the samples, and computes their rows of the Jacobian, ``[N_r, C, *p.shape]`` for each
+# parameter ``p``. It needs no other rank for that.
 
-RANKS = 2
-SMALL = 7, (6, 5, 4, 3)  # N, and the widths of the layers
-LARGE = 151, (64, 128, 96, 10)
-TARGET = 20_000, (1, 8, 64, 1024)  # N, and the ranks of the run that we work out
-NETWORKS = {"10 Gbit/s": 1.25e9, "400 Gbit/s": 50e9}  # bytes/s of a rank, assumed
-LATENCY = 5e-5  # seconds for each message, assumed
+ROWS = '''
+import torch
+from torch import distributed as dist
+from torch.func import functional_call, jacrev, vmap
+
+
+def vmap_jacrev(model, X):
+    """Return ``{name: Jacobian [N, C, *p.shape]}`` from one pass for each sample."""
+    params = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+
+    def f(params, x):  # of one sample
+        return functional_call(model, params, x[None])[0]
+
+    return vmap(jacrev(f), (None, 0))(params, X)
+
+
+dist.init_process_group()  # gloo on CPUs, NCCL on GPUs
+rank, ranks = dist.get_rank(), dist.get_world_size()
+model, X = torch.load("inputs.pt", weights_only=False)
+J = vmap_jacrev(model, X.tensor_split(ranks)[rank])
+torch.save(J, f"{rank}.pt")
+dist.destroy_process_group()
+'''
 
 torch.set_default_dtype(torch.float64)
-os.environ["KINETO_LOG_LEVEL"] = "6"  # keep the profiler from writing to stderr
+_ = torch.manual_seed(0)
+N, C, X = 81, 10, torch.rand(81, 64)
+model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, C))
 
-
-def problem(N, widths):
-    """Return linear layers with ReLU between them, and the inputs of N samples."""
-    torch.manual_seed(0)
-    layers = []
-    for start, end in zip(widths, widths[1:]):
-        layers += [nn.Linear(start, end), nn.ReLU()]
-    return nn.Sequential(*layers[:-1]), torch.rand(N, widths[0])
-
-
-def loop(model, X):
-    """Return all rows of J, ``[N, C, P]``, with one backward pass for each output."""
-    fs, params = model(X), list(model.parameters())
-    rows = []
-    for n, c in product(range(fs.shape[0]), range(fs.shape[1])):
-        grads = torch.autograd.grad(fs[n, c], params, retain_graph=True)
-        rows.append(torch.cat([grad.flatten() for grad in grads]))
-    return torch.stack(rows).unflatten(0, fs.shape)
-
-
-def say(text):
-    """Print on rank 0, and in a process that is not a rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
-
+parts = launch(ROWS, 2, model, X)
+for rank, J in enumerate(parts):
+    print(f"Rank {rank}: {len(J)} blocks, the first {list(J['0.weight'].shape)}.")
 
 # %%
-# Factors of the Jacobian
-# -----------------------
-# The Jacobian of a ``Linear`` layer is an outer product for each sample and output:
-# ``J[n, c, o, i] = delta[n, c, o] * a[n, i]``. Here ``a`` is the input of the layer,
-# with a column of ones for the bias, and ``delta`` is the derivative of ``fs[n, c]`` by
-# the output of the layer (in ``scale/universal_jacobian.py``, ``c`` comes first). A
-# hook records both. One call computes ``delta`` for all layers: row ``c`` of ``E`` asks
-# for output ``c`` of every sample at once.
+# The reference is one backward pass for each output of each sample, in this process.
+# The rows of the ranks, one below the other, are the same.
+
+# fold: The Jacobian from a loop
+
+
+def autograd_loop(model, X):
+    """Return ``{name: Jacobian [N, C, *p.shape]}`` from ``N * C`` backward passes."""
+    fs = model(X)
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    options = {"retain_graph": True, "materialize_grads": True}  # zeros if unused
+    places = product(*map(range, fs.shape))
+    rows = [autograd.grad(fs[place], params.values(), **options) for place in places]
+    blocks = [torch.stack(block).unflatten(0, fs.shape) for block in zip(*rows)]
+    return dict(zip(params, blocks))
+
+
+whole = autograd_loop(model, X)
+assert_close({name: torch.cat([J[name] for J in parts]) for name in whole}, whole)
+print(f"The rows of the ranks are those of the loop, N = {N} samples in all.")
+
+# %%
+# The ranks have a copy of the plain model each. In ``DistributedDataParallel`` the
+# model is ``ddp.module``; what it adds, the mean of gradients over ranks, has no use
+# here. Nobody gathers the rows: what you compute with them is a sum over the ranks, as
+# below, or a result that is split like them, as the kernel is.
 #
-# Where samples mix, or a weight is used twice, this is wrong. So we check: for weights
-# ``u`` of shape ``[N, C]``, one backward pass must give the sum of ``u * J``. A row of
-# ones joins the samples, so that a rank with a single sample sees mixing, too.
+# Factors of the rows
+# -------------------
+# The neural tangent kernel is ``K = J J^T`` over all parameters, ``[N, C, N, C]``. It
+# takes all pairs of samples, so something has to travel. Rows would be long. A
+# ``Linear`` layer with inputs ``a [N, I]`` and outputs ``[N, O]`` has the rows
+# ``J[n, c, o, i] = delta[n, c, o] * a[n, i]``, where ``delta [N, C, O]`` is the
+# derivative of ``fs`` by the layer's output. A bias has the rows ``delta``, as if it
+# were the weight of an input that is always 1. So the factors ``a``, with this last
+# column, and ``delta`` travel.
+
+FACTORS = '''
+from datetime import timedelta
+
+import torch
+from torch import autograd, nn
+from torch import distributed as dist
 
 
 def linear_factors(model, X):
-    """Return ``{layer: (a, delta)}`` of shapes ``[N, I + 1]`` and ``[N, C, O]``.
+    """Return ``[(a [N, I + 1], delta [N, C, O]), ...]``, a pair for each layer."""
+    calls = []
 
-    ``X`` is ``[N, ...]``, where N = 0 is allowed. The last column of ``a`` belongs to
-    the bias. A frozen weight or bias has no columns, and a layer without influence on
-    the output has no factors. The model stays as it is. Raises ``ValueError`` if a
-    parameter is not in a ``Linear`` layer, if a layer is called twice or with another
-    input than ``[N, I]``, if the output is not ``[N, C]``, or if samples mix.
-    """
-    params = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    layers = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    own = {m: [p for p in (m.weight, m.bias) if p in params] for m in layers}
-    others = params.keys() - {p for group in own.values() for p in group}
-    if others or not params:
-        names = ", ".join(sorted(params[p] for p in others)) or "no parameter"
-        raise ValueError(f"only parameters of Linear layers can be used, got {names}")
-    X = torch.cat([X, X.new_ones(1, *X.shape[1:])])
-    calls = {}
+    def record(layer, args, output):
+        a = torch.cat([args[0], torch.ones_like(args[0][:, :1])], 1).detach()
+        calls.append((a, autograd.graph.get_gradient_edge(output)))
 
-    def record(layer, inputs, output):
-        a = inputs[0].detach()
-        if a.ndim != 2 or len(a) != len(X) or layer in calls:
-            got = f"{list(a.shape)} for {len(X)} samples"
-            raise ValueError(f"{layers[layer]}: one call with [N, I] needed, got {got}")
-        ones = a.new_ones(len(a), 1)
-        columns = [a if p is layer.weight else ones for p in own[layer]]
-        if columns:
-            edge = torch.autograd.graph.get_gradient_edge(output)
-            calls[layer] = torch.cat(columns, 1), edge
-
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     hooks = [layer.register_forward_hook(record) for layer in layers]
-    try:
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with torch.enable_grad():
-            fs = torch.func.functional_call(model, buffers, (X,))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    shape = list(getattr(fs, "shape", [])) or type(fs).__name__
-    if len(shape) != 2 or shape[0] != len(X):
-        raise ValueError(f"the output must be [{len(X)}, C], but is {shape}")
-
-    E = torch.eye(shape[1]).to(fs)[:, None].expand(-1, *shape)
-    u = torch.arange(1, fs.numel() + 1).sin().reshape(shape).to(fs)
-    edges, options = [edge for _, edge in calls.values()], {"retain_graph": True}
-    options |= {"is_grads_batched": True, "allow_unused": True}
-    deltas = torch.autograd.grad(fs, edges, E, **options)
-    grads = torch.autograd.grad(fs, list(params), u, materialize_grads=True)
-    factors, sums = {}, {}
-    for (layer, (a, _)), delta in zip(calls.items(), deltas):
-        if delta is not None:
-            factors[layers[layer]] = a[:-1], delta.transpose(0, 1)[:-1]
-            total = torch.einsum("nc,cno,ni->oi", u, delta, a)
-            sums |= zip(own[layer], total.split([p[0].numel() for p in own[layer]], 1))
-    for p, grad in zip(params, grads):
-        error = (sums[p].reshape(p.shape) if p in sums else 0) - grad
-        if not error.norm() <= torch.finfo(fs.dtype).eps ** 0.5 * grad.norm():
-            raise ValueError(f"{params[p]}: samples mix, or another layer shares it")
-    return factors
-
-
-def jacobian_rows(model, X):
-    """Return ``{name: J [N, C, *p.shape]}`` from the factors of ``linear_factors``."""
-    rows = {}
-    for layer, (a, delta) in linear_factors(model, X).items():
-        J = torch.einsum("nco,ni->ncoi", delta, a)
-        own = model.get_submodule(layer).named_parameters(layer, recurse=False)
-        params = {name: p for name, p in own if p.requires_grad}
-        parts = J.split([p[0].numel() for p in params.values()], 3)
-        for (name, p), part in zip(params.items(), parts):
-            rows[name] = part.reshape(*J.shape[:2], *p.shape)
-    return rows
-
-
-def flat_rows(model, X):
-    """Return the rows of ``jacobian_rows`` as ``[N, C, P]``."""
-    return torch.cat([J.flatten(2) for J in jacobian_rows(model, X).values()], 2)
-
-
-model, X = problem(*SMALL)
-torch.testing.assert_close(flat_rows(model, X), loop(model, X))
-for name, (a, delta) in linear_factors(model, X).items():
-    say(f"Layer {name}: a {list(a.shape)}, delta {list(delta.shape)}.")
-say("One process: the products of the factors equal the autograd loop.")
-
-mixing = nn.Sequential(nn.Linear(6, 3), nn.Softmax(dim=0))
-try:
-    linear_factors(mixing, X)
-except ValueError as error:
-    say(f"Softmax over the samples: ValueError: {error}")
-else:
-    raise AssertionError("the check of the factors is blind")
+    fs = model(X)
+    for hook in hooks:
+        hook.remove()
+    edges = [edge for _, edge in calls]
+    E = torch.eye(fs.shape[1]).to(fs)[:, None].expand(-1, *fs.shape)  # [C, N, C]
+    deltas = autograd.grad(fs, edges, E, retain_graph=True, is_grads_batched=True)
+    return [(a, delta.transpose(0, 1)) for (a, _), delta in zip(calls, deltas)]
+'''
 
 # %%
 # Kernel of all pairs of samples
 # ------------------------------
-# The neural tangent kernel (NTK) is ``J J^T`` over all parameters, of shape
-# ``[N, C, N, C]``. From factors it is a sum over layers of ``(delta_nc . delta_md)``
-# times ``(a_n . a_m)``, without ``J``. Each rank holds the factors of its samples and
-# computes its rows of ``ntk``, so it needs the factors of all others, too.
-#
-# They go round in a ring. In each step a rank passes on the shard that it holds,
-# receives the next one, and computes with the first while both are on their way. So it
-# holds three shards, its own included, for any number of ranks. To gather them would
-# mean to hold all. To broadcast them in turn would move the same bytes, but from one
-# rank at a time.
+# In the kernel, a layer's share is ``(delta_nc . delta_md) * (a_n . a_m)``. Each rank
+# computes the rows of its own samples, ``[N_r, C, N, C]``. The ranks take turns: one
+# sends its factors, and all compute the columns of its samples. So a rank holds the
+# factors of two ranks, whatever their number.
+
+KERNEL = '''
+def from_owner(owner, rank, sizes, tensor):
+    """Return the tensor of the rank ``owner``, of which all have one such."""
+    held = tensor.contiguous()
+    if owner != rank:
+        held = tensor.new_empty(sizes[owner], *tensor.shape[1:])
+    if len(sizes) > 1:
+        dist.broadcast(held, owner)
+    return held
 
 
-def shards(N, ranks):
-    """Return a slice of the samples for each rank. The last ones can be empty."""
-    size = -(-N // ranks)
-    return [slice(min(r * size, N), min((r + 1) * size, N)) for r in range(ranks)]
+def kernel_rows(factors, rank, sizes):
+    """Return the kernel of the samples of ``rank`` with all, ``[N_r, C, N, C]``.
 
-
-def ring_step(held, size):
-    """Send ``held`` to the previous rank, and receive ``size`` rows from the next."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    coming = held.new_empty(size, held.shape[1])
-    send = dist.P2POp(dist.isend, held, (rank - 1) % ranks)
-    receive = dist.P2POp(dist.irecv, coming, (rank + 1) % ranks)
-    return coming, dist.batch_isend_irecv([send, receive])
-
-
-def pack(factors):
-    """Return one row of all factors for each sample, ``[N, floats per sample]``."""
-    return torch.cat([t.flatten(1) for pair in factors.values() for t in pair], 1)
-
-
-def add_block(ntk, factors, held):
-    """Add to ``ntk`` the kernel with the samples whose packed factors are ``held``."""
-    for a, delta in factors.values():
-        widths = a.shape[1], delta.shape[1:].numel()
-        b, other, held = held.split([*widths, held.shape[1] - sum(widths)], 1)
-        other = other.unflatten(1, delta.shape[1:])
-        products = torch.einsum("nco,mdo->ncmd", delta, other)
-        ntk.addcmul_(products, (a @ b.T)[:, None, :, None])
-        del products  # before those of the next layer are made
-
-
-def ntk_rows(factors, N):
-    """Return the NTK of this rank's samples with all ``N``, ``[N_r, C, N, C]``.
-
-    ``factors`` are those of this rank's shard. In a process that is not a rank, the
-    shard is all samples. Raises ``ValueError`` if the shard has another size.
+    ``factors`` are those of this rank, ``sizes`` the number of samples of each rank.
     """
-    alone = not dist.is_initialized()
-    rank, ranks = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
-    parts, held = shards(N, ranks), pack(factors)
-    sizes = [part.stop - part.start for part in parts]
-    if len(held) != sizes[rank]:
-        raise ValueError(f"rank {rank} has {len(held)} samples, not {sizes[rank]}")
-    C = next(iter(factors.values()))[1].shape[1]
-    ntk = held.new_zeros(len(held), C, N, C)
-    for owner in (*range(rank, ranks), *range(rank)):
-        following = (owner + 1) % ranks
-        if following != rank:
-            coming, requests = ring_step(held, sizes[following])
-        add_block(ntk[:, :, parts[owner]], factors, held)
-        if following != rank:
-            for request in requests:
-                request.wait()
-            held = coming
-    return ntk
-
-
-J, ntk = loop(model, X), ntk_rows(linear_factors(model, X), len(X))
-torch.testing.assert_close(ntk, torch.einsum("ncp,mdp->ncmd", J, J))
-say(f"One process: the NTK {list(ntk.shape)} equals J J^T from the loop.")
+    a, delta = factors[0]
+    C = delta.shape[1]
+    K = delta.new_zeros(len(a), C, sum(sizes), C)
+    for owner, columns in enumerate(K.split(sizes, 2)):
+        for a, delta in factors:
+            other_a = from_owner(owner, rank, sizes, a)
+            other_delta = from_owner(owner, rank, sizes, delta)
+            products = torch.einsum("nco,mdo->ncmd", delta, other_delta)
+            columns.addcmul_(products, (a @ other_a.T)[:, None, :, None])
+    return K
+'''
 
 # %%
-# Rows of the Jacobian, sharded over devices
-# ------------------------------------------
-# The rows of a rank need no other rank, and nobody gathers them. A product that ends in
-# ``P`` numbers is a sum over the ranks: the generalized Gauss-Newton matrix of half the
-# square loss, times a vector ``v``, is ``J^T (J v)``, and only ``P`` numbers travel. A
-# ``DTensor`` makes the rows one global tensor, for the operations that it supports. Its
-# ``Shard(0)`` has the sizes of ``shards``.
-#
-# The model stays a plain module. ``DistributedDataParallel`` would average gradients
-# over the ranks, and a Jacobian has no average.
+# Sums over ranks
+# ---------------
+# No process has all of ``K`` or ``J``, but a product that ends in ``P`` numbers or in
+# one is a sum over the ranks: ``all_reduce`` puts the sum on each of them. That gives a
+# check. For random ``u [N, C]``, the product ``u^T K u`` is the square of the norm of
+# ``J^T u``, which is a plain gradient. It fails where the factors are not the whole
+# Jacobian: parameters of other layers, a layer that is called twice, samples that mix.
+
+CHECK = '''
+def check_kernel(K, model, X, rank, sizes):
+    """Raise ``ValueError`` unless ``u^T K u`` is ``|J^T u|^2`` for a random ``u``."""
+    torch.manual_seed(0)  # the same u on all ranks
+    u = torch.randn(sum(sizes), K.shape[1]).to(K)
+    u_own = u.split(sizes)[rank]
+    params = [p for p in model.parameters() if p.requires_grad]
+    grads = autograd.grad(model(X), params, u_own, materialize_grads=True)
+    gradient = torch.cat([grad.flatten() for grad in grads])
+    product = torch.einsum("nc,ncmd,md->", u_own, K, u)
+    dist.all_reduce(gradient)
+    dist.all_reduce(product)
+    square = gradient @ gradient
+    if not (product - square).abs() <= torch.finfo(K.dtype).eps ** 0.5 * square:
+        raise ValueError(f"u^T K u is {product:.4g}, but |J^T u|^2 is {square:.4g}")
 
 
-def check(N, widths):
-    """Compare the results of this rank with those of a single process."""
-    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
-
-    same, (model, X) = torch.testing.assert_close, problem(N, widths)
-    rank, ranks, whole = dist.get_rank(), dist.get_world_size(), loop(model, X)
-    parts = shards(N, ranks)
-    mine = X[parts[rank]]
-    ntk = ntk_rows(linear_factors(model, mine), N)
-    same(ntk, torch.einsum("ncp,mdp->ncmd", whole[parts[rank]], whole))
-
-    J, v = flat_rows(model, mine), torch.arange(whole.shape[2]).sin()
-    same(J, whole[parts[rank]])
-    Gv = torch.einsum("ncp,nc->p", J, J @ v)
-    dist.all_reduce(Gv)
-    same(Gv, torch.einsum("ncp,nc->p", whole, whole @ v))
-
-    mesh = init_device_mesh(X.device.type, (ranks,))
-    options = {"shape": whole.shape, "stride": whole.stride(), "run_check": False}
-    J = DTensor.from_local(J, mesh, [Shard(0)], **options)
-    same(J.square().sum((0, 1)).full_tensor(), whole.square().sum((0, 1)))
-    dist.barrier()
-    say(f"{ranks} ranks, {dist.get_backend()}, samples {[len(X[p]) for p in parts]}:")
-    say("NTK, rows, J^T (J v) and DTensor equal those of one process.")
-
+dist.init_process_group(timeout=timedelta(minutes=1))
+rank, ranks = dist.get_rank(), dist.get_world_size()
+model, X = torch.load("inputs.pt", weights_only=False)
+X_own = X.tensor_split(ranks)[rank]
+sizes = [len(part) for part in X.tensor_split(ranks)]
+K = kernel_rows(linear_factors(model, X_own), rank, sizes)
+check_kernel(K, model, X_own, rank, sizes)
+'''
 
 # %%
-# Peak memory and seconds of a rank
-# ---------------------------------
-# The peak is the largest sum of the bytes that PyTorch allocates and frees: its
-# profiler records them. ``Timer`` gives the seconds of the steps.
+# Memory of a rank
+# ----------------
+# The kernel is what needs memory, and with more ranks each has fewer rows of it. We
+# measure the peak of a rank while it computes factors and kernel, and the peak of one
+# rank that does the same for all samples.
+
+# fold: How the peak is measured
+MEASURE = '''
+import gc
+from itertools import accumulate
+
+from torch.autograd.profiler import profile
 
 
-def peak_bytes(function):
-    """Return the peak of the bytes that PyTorch allocates in ``function()``."""
-    with torch.autograd.profiler.profile(profile_memory=True) as recorded:
-        function()
+def peak_bytes(function, *args):
+    """Return the peak of the bytes that PyTorch allocates in ``function(*args)``."""
+    gc.collect()  # nothing older may be freed in the call
+    if any(isinstance(a, torch.Tensor) and a.is_cuda for a in args):
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        function(*args)
+        return torch.cuda.max_memory_allocated() - start
+    with profile(profile_memory=True) as recorded:
+        function(*args)
     events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(accumulate(event.nbytes() for event in events))
 
 
-def measure(N, widths):
-    """Return the peak of this rank, its sizes, and the seconds of its steps."""
-    (model, X), parts = problem(N, widths), shards(N, dist.get_world_size())
-    X, buffer = X[parts[dist.get_rank()]], torch.zeros(len(X[parts[0]]), 2000)
-    factors = linear_factors(model, X)
-    own, held = ntk_rows(factors, N)[:, :, : len(X)], pack(factors)
-    steps = {
-        "factors": lambda: linear_factors(model, X),
-        "block": lambda: add_block(own, factors, held),
-        "send": lambda: [r.wait() for r in ring_step(buffer, len(buffer))[1]],
-        "all": lambda: ntk_rows(linear_factors(model, X), N),
-    }
-    Timer = torch.utils.benchmark.Timer
-    times = {k: Timer("f()", globals={"f": f}).timeit(5).mean for k, f in steps.items()}
-    sizes = {"samples": len(X), "held": held.nbytes, "buffer": buffer.nbytes}
-    return times | sizes | {"peak": peak_bytes(steps["all"])}
+def work(X, sizes):
+    return kernel_rows(linear_factors(model, X), rank, sizes)
 
 
-def study(small, large):
-    """Check the small problem, and measure the large one."""
-    check(*small)
-    return measure(*large)
-
+peak = peak_bytes(work, X_own, sizes)
+alone = peak_bytes(work, X, [len(X)]) if rank == 0 else None
+torch.save((K, peak, alone), f"{rank}.pt")
+dist.destroy_process_group()
+'''
 
 # %%
-# Start with torchrun
-# -------------------
-# ``torchrun --standalone --nproc-per-node=2 distributed_jacobians.py`` starts this file
-# as two ranks on one machine. On several, ``--nnodes``, ``--rdzv-backend=c10d`` and
-# ``--rdzv-endpoint`` replace ``--standalone``. Each rank calls ``join``. It takes NCCL
-# if the machine has a GPU for each of its ranks, and gloo if not. The timeout ends the
-# wait for a rank that hangs. Set it above the longest step.
-#
-# A notebook is no file that another process could run. So ``launch`` writes the source
-# of the functions to a temporary file, and gives that to ``torchrun``. A fork would
-# need no file, but can hang if there are threads, and fails if CUDA is in use. A spawn
-# imports its functions, which is not possible with those of a notebook.
+# The program of the ranks is the four texts, one below the other. Its result is the
+# kernel ``J J^T`` of the loop.
 
+results = launch(FACTORS + KERNEL + CHECK + MEASURE, 2, model, X)
+kernels, peaks, (alone, _) = zip(*results)
+rows = torch.cat([block.flatten(2) for block in whole.values()], 2)  # [N, C, P]
+assert_close(torch.cat(kernels), torch.einsum("ncp,mdp->ncmd", rows, rows))
+print(f"Rows of the kernel: {[list(K.shape) for K in kernels]}, as from the loop.")
+megabytes = [number / 1e6 for number in (rows.nbytes, alone, max(peaks))]
+print("J {:.1f} MB, peak on 1 rank {:.1f} MB, on 2 ranks {:.1f} MB".format(*megabytes))
+assert max(peaks) < alone
 
-def join(program, *args):
-    """Join the other ranks, and return ``program(*args)``."""
-    gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
-    if gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.set_default_device("cuda")
-    torch.set_default_dtype(torch.float64)
-    backend = "nccl" if gpus else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=20))
-    result = program(*args)
-    dist.destroy_process_group()
-    return result
-
-
-IMPORTS = """import os, torch, torch.utils.benchmark
-from datetime import timedelta
-from itertools import accumulate, product
-from torch import distributed as dist, nn"""
-LIBRARY = [problem, loop, say, linear_factors, jacobian_rows, flat_rows, shards, pack]
-LIBRARY += [ring_step, add_block, ntk_rows, check, peak_bytes, measure, study, join]
-
-
-def launch(program, ranks, *args, timeout=60):
-    """Return what ``program(*args)`` returns on each rank; print what rank 0 prints.
-
-    ``program`` is a function that uses ``IMPORTS`` and ``LIBRARY``. Raises
-    ``RuntimeError`` with the errors of the ranks if one fails, and
-    ``subprocess.TimeoutExpired`` after ``timeout`` seconds. Then all ranks have ended.
-    """
-    source = map(inspect.getsource, dict.fromkeys([*LIBRARY, program]))
-    call = f"join({program.__name__}, *{args!r})"
-    call = f"torch.save({call}, os.environ['RANK'] + '.pt')\n"
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "ranks.py").write_text("\n\n".join([IMPORTS, *source, call]))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={ranks}", f"--log-dir={folder}", "ranks.py"]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        options["env"] = os.environ | {"OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(command, cwd=folder, **options) as torchrun:
-            try:
-                out, errors = torchrun.communicate(timeout=timeout)
-            finally:
-                torchrun.terminate()  # it ends its ranks, too
-        if torchrun.returncode:
-            raise RuntimeError(errors)
-        print(out, end="")
-        return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(ranks)]
-
-
-if dist.is_torchelastic_launched():  # torchrun runs this file: be a rank, no more
-    join(study, SMALL, LARGE)
-    sys.exit()
-results = launch(study, RANKS, SMALL, LARGE)
-
-# %%
-# One process computes the kernel of the large problem with the same functions. With
-# more ranks, each holds fewer rows of ``ntk`` and smaller shards.
-
-model, X = problem(*LARGE)
-N, C, P = len(X), LARGE[1][-1], sum(p.numel() for p in model.parameters())
-alone = peak_bytes(lambda: ntk_rows(linear_factors(model, X), N))
-worst = {key: max(result[key] for result in results) for key in results[0]}
-assert worst["peak"] < alone
-print(f"Peak: {alone / 1e6:.1f} MB on 1 rank, {worst['peak'] / 1e6:.1f} MB on {RANKS}.")
-print(f"J would have {8 * N * C * P / 1e6:.1f} MB.")
-
-# %%
-# Failure of a rank
-# -----------------
-# If a rank raises, ``torchrun`` ends the others, and ``launch`` raises an error with
-# all that they wrote. Brackets name the rank.
-
-
-def fail():
-    if dist.get_rank() == 1:
-        raise ValueError("the file of this shard is missing")
-    dist.barrier()
-
-
-start = time.perf_counter()
-try:
-    launch(fail, RANKS)
-except RuntimeError as error:
-    lines = [line for line in str(error).splitlines() if ": ValueError:" in line]
-else:
-    raise AssertionError("the failure of a rank went unseen")
-print(lines[0])
-print(f"All ranks ended after {time.perf_counter() - start:.1f} s.")
-
-# %%
-# Cost on 8, 64 and 1024 ranks
-# ----------------------------
-# We work out a larger run from what the ranks measured: the seconds and bytes of the
-# factors of a sample, and the seconds of a pair of samples in ``ntk``. A rank receives
-# the factors of all other samples, in ``ranks - 1`` messages. The run takes as long as
-# the slower of computing and sending. First we put in the bandwidth measured between
-# two processes, and compare with the measured run.
-
-per_sample = worst["held"] / worst["samples"]
-per_pair = worst["block"] / worst["samples"] ** 2
-
-
-def cost(N, ranks, bandwidth, latency=LATENCY):
-    """Return seconds of computing and of sending, and bytes held, for each rank."""
-    n = -(-N // ranks)
-    computing = n * (worst["factors"] / worst["samples"] + N * per_pair)
-    sending = (ranks - 1) * (latency + n * per_sample / bandwidth)
-    return computing, sending, 8 * n * C * N * C + 3 * n * per_sample
-
-
-local = worst["buffer"] / worst["send"]
-computing, sending, _ = cost(N, RANKS, local, latency=0)
-print(f"Between two processes: {local / 1e9:.2f} GB/s. Run with {RANKS} ranks:")
-print(f"worked out {max(computing, sending):.3f} s, measured {worst['all']:.3f} s.")
-
-# %%
-# The bandwidths of the networks are assumptions. With more ranks, the bytes that a rank
-# receives approach those of all samples, while its computing shrinks. Rows of ``J`` in
-# place of factors would multiply the bytes. Memory is that of the rows of ``ntk`` and
-# of three shards.
-
-N, choices = TARGET
-ratio = 8 * C * P / per_sample
-print(f"N = {N}, C = {C}, P = {P}: {per_sample / 1e3:.1f} kB of factors per sample.")
-print(f"Rows of J have {ratio:.0f} times as many bytes. Seconds of a rank:")
-print(" " * 15 + f"{'sending at':>11}" * len(NETWORKS))
-print("ranks computing" + "".join(f"{name:>11}" for name in NETWORKS) + "    memory")
-for ranks in choices:
-    computing, _, held = cost(N, ranks, 1)
-    rates = [cost(N, ranks, rate)[1] for rate in NETWORKS.values()]
-    print(f"{ranks:5}{computing:10.3g}" + "".join(f"{t:11.3g}" for t in rates), end="")
-    print(f"{held / 1e9:7.1f} GB")
-
-plt.rcParams.update({"font.size": 11})
-fig, ax = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
-xs = [2**i for i in range(11)]
-ax.loglog(xs, [cost(N, x, 1)[0] for x in xs], "ko-", label="computing")
-rates = {name: rate / ratio for name, rate in NETWORKS.items()}
-for what, speeds, color in ("J", rates, "#D55E00"), ("factors", NETWORKS, "#0072B2"):
-    for (name, rate), style in zip(speeds.items(), ("s--", "^:")):
-        times = [cost(N, x, rate)[1] for x in xs[1:]]
-        ax.loglog(xs[1:], times, style, color=color, label=f"{what}, {name}")
-ax.set(xlabel="number of ranks", ylabel="seconds of a rank")
-ax.set_xticks(choices, choices)
-ax.set_title("Computing shrinks with the ranks, sending does not")
-fig.legend(loc="outside lower center", ncols=2)
+fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
+names = "J", "kernel,\n1 rank", "kernel,\n2 ranks"
+bars = ax.barh(names, megabytes, color=["0.6", "#D55E00", "#0072B2"])
+ax.bar_label(bars, fmt="%.0f MB", padding=3)
+ax.invert_yaxis()
+ax.set(xlabel="MB in one process", xlim=(0, 1.15 * max(megabytes)))
+_, one, two = megabytes
+ax.set_title(f"Kernel: {one:.0f} MB on one rank, {two:.0f} MB on each of two")
 plt.show()
 
 # %%
-# Where to go next
+# Ranks that fail or hang
+# -----------------------
+# If a rank fails, ``torchrun`` ends the others, whatever they do, and ``launch`` raises
+# what they wrote. Here rank 1 fails, and rank 0 would sleep for an hour.
+
+FAILS = """
+import os, time
+
+if os.environ["RANK"] == "1":
+    raise ValueError("the file of this shard is missing")
+time.sleep(3600)
+"""
+
+try:
+    launch(FAILS, 2)
+except RuntimeError as error:
+    lines = str(error).splitlines()
+    print([line for line in lines if line.startswith("ValueError")][0])
+else:
+    raise AssertionError("the failure of a rank went unseen")
+
+# %%
+# If a rank hangs, the others wait for it in the next ``broadcast`` or ``all_reduce``.
+# The wait ends in an error after the ``timeout`` of ``init_process_group``, and with it
+# the run. Set it above the longest step of your ranks.
+#
+# Several machines
 # ----------------
-# Next: ``compute/choosing_a_method.py`` measures the methods of one process. The
-# alternative: ``scale/jacobians_without_memory.py`` uses the rows of one process
-# without storing them.
+# Save a program such as ``ROWS`` as a file, and start it on each machine: ``torchrun
+# --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400
+# program.py``. All machines have to reach ``HOST``, one of them, and the files. With
+# GPUs, a rank takes the one whose number is in the variable ``LOCAL_RANK``:
+# ``torch.cuda.set_device``, and ``.cuda()`` on its model and its samples.
+#
+# What to take home
+# -----------------
+# - The rows of a rank need no other rank: split the samples, and gather nothing.
+# - The kernel needs all pairs of samples. Let factors travel, not rows.
+# - A product of ``P`` numbers is a sum over ranks, and checks what no rank could hold.
+#
+# Next: ``use/training_predicted.py`` uses the kernel. The alternative:
+# ``scale/jacobians_without_memory.py`` uses the rows of one process without storing
+# them.
