@@ -77,14 +77,15 @@ sphinx_gallery_conf = {
 # Files to import, made at build time: name: (tutorial, functions that it has to hold).
 take_away = {
     "jacobians": ("compute/torch_func_jacobians", ["jacobians"]),
-    "check_jacobian": ("trust/silent_failures", ["check_jacobian"]),
+    "batched_jacobian": ("scale/universal_jacobian", ["batched_jacobian"]),
+    "check_jacobian": ("trust/check_a_jacobian", ["check_jacobian"]),
     "verdicts": ("trust/layer_support", ["verdicts"]),
     "memory_plan": (
         "scale/jacobians_without_memory",
         ["memory_plan", "jacobian_chunks"],
     ),
     "ntk": (
-        "scale/jacobians_without_memory",
+        "scale/neural_tangent_kernel",
         ["ntk", "jacobian_factors", "squared_norms"],
     ),
 }

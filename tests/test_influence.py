@@ -111,7 +111,7 @@ def test_bad_shapes_raise(names):
 
 
 def test_another_seed_predicts_what_training_again_does(names):
-    guesses, change = names["study"](seed=11, count=10)
+    guesses, change = names["retraining_study"](seed=11, count=10)
     assert names["correlation"](guesses["influence"], change) > 0.8
 
 

@@ -24,18 +24,27 @@ def test_code_is_right_as_it_stands(html, taught):
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(3, 2))
     names = {"model": model.double(), "X": torch.rand(5, 4, dtype=torch.float64)}
     exec(html.select_one("div.highlight-python pre").text, names)
-    expected = taught("batched_jacobians")["autograd_jacobian"](model, names["X"])
+    expected = taught("batched_jacobians")["autograd_loop"](model, names["X"])
     torch.testing.assert_close(names["J"], expected)
 
 
-@pytest.mark.parametrize("width", [360, 1280])
-def test_first_screen_holds_picture_code_and_guide(width, chromium, site):
+@pytest.mark.parametrize(("width", "seen"), [(360, 2), (1280, 6)])
+def test_first_screen_shows_what_jacobians_are_for(width, seen, chromium, site):
     tab = chromium.new_page(viewport={"width": width, "height": 800})
     tab.goto(site)
-    for selector in ("img", "div.highlight-python", "#which-method h2"):
-        box = tab.locator(f".document {selector}").first.bounding_box()
-        assert 0 <= box["y"] and box["y"] + box["height"] <= 800, selector
+    uses = tab.locator(".uses figure").all()
+    assert len(uses) == 6
+    for use in uses[:seen]:
+        box = use.bounding_box()
+        assert 0 <= box["y"] and box["y"] + box["height"] <= 800
     tab.close()
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_each_use_has_a_picture_a_sentence_and_its_page(number, html):
+    use = html.select(".uses figure")[number]
+    assert use.img["alt"] and use.figcaption.strong
+    assert parse(use.a["href"]).title
 
 
 def answer(form):
@@ -138,14 +147,16 @@ def test_links_of_the_form_lead_somewhere(kind, form):
         page, _, anchor = href.partition("#")
         html = parse(page)
         assert html.find(id=anchor) if anchor else html.title
-    assert len(led) == 3
+    assert len(led) == 4
 
 
 def test_guide_leads_to_what_to_take_and_to_whether_it_is_right(html):
-    links = {link["href"].partition("#")[0] for link in html.select("#which-method a")}
+    links = {link["href"].partition("#")[0] for link in html.select("#your-case-take-this a")}
     assert {
         "auto_examples/scale/jacobians_without_memory.html",
+        "auto_examples/scale/neural_tangent_kernel.html",
         "auto_examples/scale/universal_jacobian.html",
+        "auto_examples/trust/check_a_jacobian.html",
         "auto_examples/trust/layer_support.html",
         "auto_examples/trust/silent_failures.html",
     } <= links

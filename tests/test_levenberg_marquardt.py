@@ -71,7 +71,7 @@ def test_rows_are_those_of_autograd(page):
         params = {name: part.view(p.shape) for (name, p), part in parts}
         return torch.func.functional_call(model, params, (X,)).flatten()
 
-    assert_close(page["jacobian_rows"](model, X), jacobian(residuals, theta))
+    assert_close(page["flat_jacobian"](model, X), jacobian(residuals, theta))
 
 
 @pytest.mark.parametrize("seed", [3, 4])

@@ -2,9 +2,11 @@
 const form = document.querySelector("form.size");
 const output = form.querySelector("output");
 const link = (page, text) => `<a href="auto_examples/scale/${page}"><u>${text}</u></a>`;
-const batched = link("universal_jacobian.html#the-function", "batched_jacobian");
+const batched = link("universal_jacobian.html#shortest-use", "batched_jacobian");
 const chunks = link("jacobians_without_memory.html#chunks-of-samples-and-outputs", "chunks");
-const pieces = link("jacobians_without_memory.html", "chunks, products or factors");
+const products = link("jacobians_without_memory.html#products-with-j-and-its-transpose", "products");
+const factors = link("neural_tangent_kernel.html#factors-of-any-model", "factors");
+const pieces = `${chunks}, ${products} or ${factors}`;
 
 // Peaks that were measured, in sizes of J: of a method that returns J, and with out=.
 const PEAKS = { linear: [2, 1], other: [5.7, 3.4] };

@@ -219,8 +219,14 @@ def differentiable(params, X):
 
 def outputs(model, leaves, X):
     """Return ``fs = model(X)``, with copies of the buffers, or say what it is not."""
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    fs = functional_call(model, (leaves, buffers), X.clone())
+    values = {b: b.detach().clone() for b in model.buffers()}
+    values |= {p: leaves[k] for k, p in model.named_parameters() if k in leaves}
+    places = {}  # each once: functional_call breaks a module that has two names
+    for prefix, module in model.named_modules():
+        for named in module.named_parameters, module.named_buffers:
+            places |= named(prefix, recurse=False, remove_duplicate=False)
+    places = {place: values[t] for place, t in places.items() if t in values}
+    fs = functional_call(model, places, X.clone(), tie_weights=False)
     if not isinstance(fs, torch.Tensor) or fs.ndim != 2 or len(fs) != len(X):
         got = list(fs.shape) if isinstance(fs, torch.Tensor) else type(fs).__name__
         raise ValueError(f"model(X) must be a tensor [N={len(X)}, C], but is {got}")
@@ -309,7 +315,7 @@ def from_rows(rows, leaves, names):
 def write(block, p, out):
     """Return a block as a tensor ``[N, C, *p.shape]``: in ``out``, if that is given."""
     if isinstance(block, torch.Tensor):
-        return block.detach() if out is None else out.copy_(block)
+        return block.detach().contiguous() if out is None else out.copy_(block)
     if out is None:
         out = p.new_empty(*block[0][0].shape[:2], *p.shape).detach()
     for call, (delta, a) in enumerate(block):

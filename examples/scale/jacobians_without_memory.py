@@ -62,6 +62,11 @@ def vmap_jacrev(model, X):
 def peak_bytes(function, *args):
     """Return the peak of the bytes that PyTorch allocates in ``function(*args)``."""
     gc.collect()  # nothing older may be freed in the call
+    if any(isinstance(a, torch.Tensor) and a.is_cuda for a in args):
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        function(*args)
+        return torch.cuda.max_memory_allocated() - start
     with profile(profile_memory=True) as recorded:
         function(*args)
     events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
@@ -75,7 +80,7 @@ def mlp(*widths):
     return nn.Sequential(*sum(pairs, [])[:-1])
 
 
-def cnn(width, C):
+def pooled_cnn(width, C):
     """Return two convolutions, the mean over their positions, and a linear layer."""
     layers = nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3)
     mean = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
@@ -110,8 +115,14 @@ def differentiable(params, X):
 
 def outputs(model, leaves, X):
     """Return ``fs = model(X)``, with copies of the buffers, or say what it is not."""
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    fs = functional_call(model, (leaves, buffers), X.clone())
+    values = {b: b.detach().clone() for b in model.buffers()}
+    values |= {p: leaves[k] for k, p in model.named_parameters() if k in leaves}
+    places = {}  # each once: functional_call breaks a module that has two names
+    for prefix, module in model.named_modules():
+        for named in module.named_parameters, module.named_buffers:
+            places |= named(prefix, recurse=False, remove_duplicate=False)
+    places = {place: values[t] for place, t in places.items() if t in values}
+    fs = functional_call(model, places, X.clone(), tie_weights=False)
     if not isinstance(fs, torch.Tensor) or fs.ndim != 2 or len(fs) != len(X):
         got = list(fs.shape) if isinstance(fs, torch.Tensor) else type(fs).__name__
         raise ValueError(f"model(X) must be a tensor [N={len(X)}, C], but is {got}")
@@ -254,7 +265,7 @@ def memory_plan(model, X, available):
 
 large = {
     "MLP": (mlp(64, 128, 128, 10).float(), torch.rand(64, 64).float()),
-    "CNN": (cnn(16, 10).float(), torch.rand(40, 3, 12, 12).float()),
+    "CNN": (pooled_cnn(16, 10).float(), torch.rand(40, 3, 12, 12).float()),
 }
 plans = {}
 for name, (model, X) in large.items():

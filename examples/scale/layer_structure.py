@@ -81,12 +81,12 @@ def hooked(layers, hook):
             handle.remove()
 
 
-def f(zero, x):  # of one sample
+def from_zero(zero, x):  # of one sample
     with hooked([model[0]], lambda layer, args, output: output + zero):
         return model(x[None])[0]
 
 
-delta = vmap(jacrev(f), (None, 0))(torch.zeros(7), X)
+delta = vmap(jacrev(from_zero), (None, 0))(torch.zeros(7), X)
 block = torch.einsum("nco,ni->ncoi", delta, X)
 assert_close(block, expected["0.weight"])
 print(f"delta {list(delta.shape)} of the first layer is right, too.")
@@ -264,7 +264,7 @@ def vmap_jacrev(model, X):
     return vmap(jacrev(f), (None, 0))(params, X)
 
 
-def median_times(calls, *args, repeats=5):
+def interleaved_medians(calls, *args, repeats=5):
     """Return ``{name: seconds}``, medians over calls that take turns."""
     times = {name: [] for name in calls}
     for _ in range(repeats):
@@ -298,7 +298,7 @@ results = {}
 for name, (net, inputs) in models.items():
     J = layer_structure(net, inputs)
     assert_close(J, vmap_jacrev(net, inputs))
-    results[name] = times = median_times(CALLS, net, inputs, J)
+    results[name] = times = interleaved_medians(CALLS, net, inputs, J)
     print(f"{name}, J of {sum(block.nbytes for block in J.values()) / 1e6:.0f} MB:")
     for call, seconds in times.items():
         ratio = seconds / times["write the same memory"]

@@ -88,6 +88,8 @@ print("The kernel from factors agrees with J J^T.")
 # - Factors pay if they hold fewer numbers than the block: ``T (C O + I) < C O I``. Long
 #   sequences and large images have blocks, and so has every other parameter.
 
+# fold: How the factors of a layer are found
+
 
 def has_factors(layer):
     """Return whether the layer is linear in inputs that we know how to arrange."""
@@ -209,8 +211,14 @@ def differentiable(params, X):
 
 def outputs(model, leaves, X):
     """Return ``fs = model(X)``, with copies of the buffers, or say what it is not."""
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    fs = functional_call(model, (leaves, buffers), X.clone())
+    values = {b: b.detach().clone() for b in model.buffers()}
+    values |= {p: leaves[k] for k, p in model.named_parameters() if k in leaves}
+    places = {}  # each once: functional_call breaks a module that has two names
+    for prefix, module in model.named_modules():
+        for named in module.named_parameters, module.named_buffers:
+            places |= named(prefix, recurse=False, remove_duplicate=False)
+    places = {place: values[t] for place, t in places.items() if t in values}
+    fs = functional_call(model, places, X.clone(), tie_weights=False)
     if not isinstance(fs, torch.Tensor) or fs.ndim != 2 or len(fs) != len(X):
         got = list(fs.shape) if isinstance(fs, torch.Tensor) else type(fs).__name__
         raise ValueError(f"model(X) must be a tensor [N={len(X)}, C], but is {got}")
@@ -343,6 +351,8 @@ def unchanged(model):
 # With these, ``jacobian_factors`` is short. A complex block gets a last axis for real
 # and imaginary part, so that the kernel is ``Re(J J^H)``.
 
+# fold: How the factors are checked and returned
+
 
 def sums_of(model, factors, blocks, u):
     """Return ``{name: (the sum of u * J, the norm of J or a bound for it)}``."""
@@ -414,6 +424,8 @@ def jacobian_factors(model, X, structure=True):
 # A pair of samples with ``T`` and ``S`` positions needs ``T S (I + C C O)`` operations
 # from factors and ``C C O I`` from blocks. ``add_factors`` counts, and takes the
 # cheaper one. Of a kernel of one batch with itself, ``tiles`` visits one half.
+
+# fold: How the kernel is summed up
 
 
 def tiles(K, is_symmetric):
@@ -509,7 +521,7 @@ def mlp(*widths):
     return nn.Sequential(*sum(pairs, [])[:-1])
 
 
-def cnn(width, C):
+def small_cnn(width, C):
     """Return two convolutions with average pooling, and a linear layer."""
     first = nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)
     second = nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.AvgPool2d(4)
@@ -517,7 +529,7 @@ def cnn(width, C):
 
 
 cases = {
-    "images": (cnn(8, C), torch.rand(N, 1, 8, 8), torch.rand(5, 1, 8, 8)),
+    "images": (small_cnn(8, C), torch.rand(N, 1, 8, 8), torch.rand(5, 1, 8, 8)),
     "words": (Tagger(), torch.randint(50, (N, 3)), torch.randint(50, (5, 3))),
 }
 for title, (case, X_case, Z_case) in cases.items():
@@ -537,6 +549,8 @@ for title, (case, X_case, Z_case) in cases.items():
 # it in tiles of so many samples, with memory for two of their Jacobians. ``out`` may be
 # a ``numpy.memmap`` in ``torch.from_numpy``. A tile knows only its samples, so
 # ``samples_apart`` looks first whether others influence them.
+
+# fold: How the kernel is written in tiles
 
 
 @torch.inference_mode(False)
@@ -689,7 +703,7 @@ torch.set_num_threads(1)
 benchmark = {  # model, X, rounds
     "MLP 64-128-128-10, N = 128": (mlp(64, 128, 128, 10), torch.rand(128, 64), 1),
     "MLP 784-256-256-10, N = 64": (mlp(784, 256, 256, 10), torch.rand(64, 784), 1),
-    "CNN 17-34, 8x8, N = 128": (cnn(17, 10), torch.rand(128, 1, 8, 8), 3),
+    "CNN 17-34, 8x8, N = 128": (small_cnn(17, 10), torch.rand(128, 1, 8, 8), 3),
 }
 ratios = {}
 for title, (case, X_case, rounds) in benchmark.items():

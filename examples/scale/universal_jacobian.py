@@ -496,7 +496,7 @@ def mlp(*widths):
     return nn.Sequential(*sum(pairs, [])[:-1])
 
 
-class Residual(nn.Module):
+class ResidualNetwork(nn.Module):
     """Two convolutions with batch norm, and a path around them."""
 
     def __init__(self, width):
@@ -510,7 +510,7 @@ class Residual(nn.Module):
         return torch.relu(x + self.body(x))
 
 
-class Transformer(nn.Module):
+class SmallTransformer(nn.Module):
     """Two blocks between an embedding into ``[N, T, D]`` and a layer for the scores."""
 
     def __init__(self, embedding, T, C, D=32, causal=False):
@@ -570,13 +570,13 @@ def median_times(calls, *args, repeats=3):
 
 torch.set_default_dtype(torch.float32)
 convs = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)]
-blocks = [nn.ReLU(), Residual(16), Residual(16)]
+blocks = [nn.ReLU(), ResidualNetwork(16), ResidualNetwork(16)]
 pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)]
 norm_mlp = mlp(64, 128, 128, 10)
 for place in 1, 4:
     norm_mlp.insert(place, nn.LayerNorm(128))
-vit = Transformer(Patches(3, 32, 4, 4), 36, 10)
-gpt = Transformer(nn.Embedding(20, 32), 24, 20, causal=True)
+vit = SmallTransformer(Patches(3, 32, 4, 4), 36, 10)
+gpt = SmallTransformer(nn.Embedding(20, 32), 24, 20, causal=True)
 images, words = torch.rand(8, 3, 24, 24), torch.randint(20, (8, 24))
 models = {
     "MLP 784-256-256-10": (mlp(784, 256, 256, 10), torch.rand(64, 784)),

@@ -146,8 +146,14 @@ def differentiable(params, X):
 
 def outputs(model, leaves, X):
     """Return ``fs = model(X)``, with copies of the buffers, or say what it is not."""
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    fs = functional_call(model, (leaves, buffers), X.clone())
+    values = {b: b.detach().clone() for b in model.buffers()}
+    values |= {p: leaves[k] for k, p in model.named_parameters() if k in leaves}
+    places = {}  # each once: functional_call breaks a module that has two names
+    for prefix, module in model.named_modules():
+        for named in module.named_parameters, module.named_buffers:
+            places |= named(prefix, recurse=False, remove_duplicate=False)
+    places = {place: values[t] for place, t in places.items() if t in values}
+    fs = functional_call(model, places, X.clone(), tie_weights=False)
     if not isinstance(fs, torch.Tensor) or fs.ndim != 2 or len(fs) != len(X):
         got = list(fs.shape) if isinstance(fs, torch.Tensor) else type(fs).__name__
         raise ValueError(f"model(X) must be a tensor [N={len(X)}, C], but is {got}")
@@ -338,7 +344,7 @@ except AssertionError as error:
 # fold: The models
 
 
-class Residual(nn.Module):
+class ResidualPart(nn.Module):
     def __init__(self, width):
         super().__init__()
         convs = [nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2)]
@@ -359,7 +365,7 @@ def attention(D, tokens):
 sigmoids = mlp(*[20] * 9, 4)
 for place in range(1, len(sigmoids), 2):
     sigmoids[place] = nn.Sigmoid()
-resnet = conv_net(3, 12).insert(2, Residual(12))
+resnet = conv_net(3, 12).insert(2, ResidualPart(12))
 models = {
     "MLP": (mlp(256, 128, 64, 10), torch.rand(32, 256)),
     "CNN, 32 px": (conv_net(3, 12, 16), torch.rand(8, 3, 32, 32)),
@@ -436,7 +442,7 @@ plt.show()
 # does for a ``model(X)`` that is not finite, and for other names, shapes and types.
 
 
-class Checkpointed(nn.Module):
+class Reentrant(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.last = nn.Linear(12, 8), nn.Linear(8, 4)
@@ -447,9 +453,9 @@ class Checkpointed(nn.Module):
 
 model, X = mlp(12, 20, 8, 4), torch.rand(16, 12)
 J = vmap_jacrev(model, X)
-zeros = {k: p.new_zeros(16, 4, *p.shape) for k, p in Checkpointed().named_parameters()}
+zeros = {k: p.new_zeros(16, 4, *p.shape) for k, p in Reentrant().named_parameters()}
 for arguments in (
-    (Checkpointed(), X, zeros),
+    (Reentrant(), X, zeros),
     (model, X / 0, J),
     (model, X, J | {"0.bias": J["0.bias"].mT}),
 ):

@@ -188,8 +188,14 @@ def trainable(model):
 
 def outputs(model, leaves, X):
     """Return ``fs = model(X)``, with copies of the buffers, or say what it is not."""
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    fs = functional_call(model, (leaves, buffers), X.clone())
+    values = {b: b.detach().clone() for b in model.buffers()}
+    values |= {p: leaves[k] for k, p in model.named_parameters() if k in leaves}
+    places = {}  # each once: functional_call breaks a module that has two names
+    for prefix, module in model.named_modules():
+        for named in module.named_parameters, module.named_buffers:
+            places |= named(prefix, recurse=False, remove_duplicate=False)
+    places = {place: values[t] for place, t in places.items() if t in values}
+    fs = functional_call(model, places, X.clone(), tie_weights=False)
     if not isinstance(fs, torch.Tensor) or fs.ndim != 2 or len(fs) != len(X):
         got = list(fs.shape) if isinstance(fs, torch.Tensor) else type(fs).__name__
         raise ValueError(f"model(X) must be a tensor [N={len(X)}, C], but is {got}")

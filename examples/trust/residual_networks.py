@@ -36,7 +36,7 @@ _ = torch.manual_seed(0)
 # the shape changes, adaptive pooling, and ``torch.flatten`` before the last layer.
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     def __init__(self, inputs, width, outputs, stride=1):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
@@ -58,7 +58,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    def __init__(self, block=Block):
+    def __init__(self, block=ResidualBlock):
         super().__init__()
         self.conv1 = nn.Conv2d(1, 3, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(3)
@@ -231,7 +231,7 @@ def rebuilt(block, avgpool=None):
     return net.eval()
 
 
-class SumBlock(Block):
+class SumBlock(ResidualBlock):
     def forward(self, x):
         out = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(out)) + self.downsample(x))
@@ -239,7 +239,7 @@ class SumBlock(Block):
 
 text = "Output 0 of BackwardHookFunction is a view and is being modified inplace"
 fails(text, batchgrad_jacobian, extend(copy.deepcopy(model)), X)
-fails(text, batchgrad_jacobian, extend(rebuilt(Block)), X)
+fails(text, batchgrad_jacobian, extend(rebuilt(ResidualBlock)), X)
 
 # %%
 # With ``+`` instead of ``+=``, ``BatchGrad`` runs, but warns that it finds no rule for
@@ -268,7 +268,7 @@ print("BatchGrad with + and extended layers agrees with the loop.")
 pool, head = nn.AvgPool2d(4), nn.Sequential(nn.AvgPool2d(4), nn.Flatten())
 
 
-class LayerBlock(Block):
+class LayerBlock(ResidualBlock):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.sum, self.relu2 = SumModule(), nn.ReLU()

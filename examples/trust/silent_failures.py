@@ -411,7 +411,7 @@ record("tie_weights=False", tied(), untied, vmap_jacrev)
 # sample and output, and ``autograd.grad``.
 
 
-def closure(model, X):
+def from_closure(model, X):
     params = detached(model)
     values = tuple(params.values())
     return dict(zip(params, autograd.functional.jacobian(lambda *_: model(X), values)))
@@ -443,7 +443,7 @@ clipped, _ = dense()
 clipped[0].weight.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
 
 record = partial(record_failure, "Autograd")
-record("Closure", dense(), closure, vmap_jacrev)
+record("Closure", dense(), from_closure, vmap_jacrev)
 record("Gradient of a sum", dense(), gradient_of_sum, vmap_jacrev)
 record("eye(C) for all samples", dense(), eye_for_all_samples, is_grads_batched)
 record("Hook of a parameter", (clipped, X), is_grads_batched, vmap_jacrev)

@@ -81,11 +81,16 @@ progress = ((progress - progress.mean()) / progress.std())[:, None]
 def split(seed):
     """Return ``X, Y, X_test, Y_test``."""
     order = torch.randperm(442, generator=torch.Generator().manual_seed(seed))
-    train, test = order[:100], order[100:]
-    return patients[train], progress[train], patients[test], progress[test]
+    train_regression, test = order[:100], order[100:]
+    return (
+        patients[train_regression],
+        progress[train_regression],
+        patients[test],
+        progress[test],
+    )
 
 
-def train(model, loss, weight_decay, steps=400):
+def train_regression(model, loss, weight_decay, steps=400):
     """Return the model after these steps of Adam on the whole batch."""
     optimizer = torch.optim.Adam(model.parameters(), 0.01, weight_decay=weight_decay)
     for _ in range(steps):
@@ -97,7 +102,7 @@ def train(model, loss, weight_decay, steps=400):
 
 def regression(X, Y):
     model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 1))
-    return train(model, lambda model: (model(X) - Y).square().mean(), 0.03)
+    return train_regression(model, lambda model: (model(X) - Y).square().mean(), 0.03)
 
 
 # %%
@@ -238,7 +243,9 @@ def confidence(J, fs, S, draws=500):
 flowers, y = map(torch.tensor, load_iris(return_X_y=True))
 X = ((flowers - flowers.mean(0)) / flowers.std(0))[:, 2:]
 model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
-_ = train(model, lambda model: cross_entropy(model(X), y, reduction="sum"), 0.3, 1000)
+_ = train_regression(
+    model, lambda model: cross_entropy(model(X), y, reduction="sum"), 0.3, 1000
+)
 
 fs, J, theta = linearized(model, X)
 H = softmax_precision(J, fs, precision=0.3)

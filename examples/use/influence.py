@@ -131,7 +131,7 @@ targets = torch.from_numpy(np.searchsorted((3, 5, 8), digits.target[among]))
 N, C, decay = 150, 3, 10
 
 
-def train(model, start, X, y, decay, steps=500):
+def train_to_optimum(model, start, X, y, decay, steps=500):
     """Minimize sum of losses + decay / 2 |p - start|^2; return the gradient's norm."""
     params = list(model.parameters())
     options = {"tolerance_grad": 1e-4, "tolerance_change": 0, "history_size": 50}
@@ -150,7 +150,7 @@ def train(model, start, X, y, decay, steps=500):
     return torch.cat([p.grad.flatten() for p in params]).norm().item()
 
 
-def trained(seed, steps=500):
+def trained_network(seed, steps=500):
     """Return a trained model, its start, and images and labels to train and to test."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, C))
@@ -158,11 +158,11 @@ def trained(seed, steps=500):
     X, X_test = images[order].split([N, len(images) - N])
     y, y_test = targets[order].split([N, len(images) - N])
     start = [p.detach().clone() for p in model.parameters()]
-    norm = train(model, start, X, y, decay, steps)
+    norm = train_to_optimum(model, start, X, y, decay, steps)
     return model, start, X, y, X_test, y_test, norm
 
 
-model, start, X, y, X_test, y_test, norm = trained(seed=0)
+model, start, X, y, X_test, y_test, norm = trained_network(seed=0)
 accuracy = (model(X_test).argmax(1) == y_test).double().mean()
 print(f"Test accuracy {accuracy:.2f}. Gradient norm below 0.01: {norm < 0.01}.")
 
@@ -213,7 +213,7 @@ print("The step agrees with the one from a matrix without the sample.")
 def retrained(model, start, X, y, keep):
     """Return a copy of the model, trained on from here with the samples in keep."""
     model = copy.deepcopy(model)
-    train(model, start, X[keep], y[keep], decay)
+    train_to_optimum(model, start, X[keep], y[keep], decay)
     return model
 
 
@@ -221,9 +221,9 @@ def correlation(a, b):
     return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
 
 
-def study(seed, steps=500, count=15):
+def retraining_study(seed, steps=500, count=15):
     """Return predictions {name: [count]} and measured changes [count] of a seed."""
-    model, start, X, y, X_test, y_test, _ = trained(seed, steps)
+    model, start, X, y, X_test, y_test, _ = trained_network(seed, steps)
     e, L = derivatives(model(X), y)
     rows, g = flat(vmap_jacrev(model, X)), gradient(model, X_test, y_test)
     left_out = torch.randperm(N)[:count]
@@ -242,7 +242,7 @@ def study(seed, steps=500, count=15):
     return {k: guess[left_out] for k, guess in guesses.items()}, torch.stack(change)
 
 
-studies = [study(seed) for seed in range(3)]
+studies = [retraining_study(seed) for seed in range(3)]
 for name in studies[0][0]:
     each = [correlation(guess[name], change) for guess, change in studies]
     text = ", ".join(f"{value:.2f}" for value in each)
@@ -397,7 +397,7 @@ print("G from the file agrees with G from memory.")
 # Without convergence, the step without a sample is lost in the step that training would
 # still make. We stop the training after five steps of L-BFGS.
 
-guess, change = study(seed=0, steps=5)
+guess, change = retraining_study(seed=0, steps=5)
 print(f"After 5 steps: correlation {correlation(guess['influence'], change):.2f}")
 
 # %%
@@ -407,7 +407,7 @@ print(f"After 5 steps: correlation {correlation(guess['influence'], change):.2f}
 flipped = torch.arange(N) % 10 == 0
 y_wrong = torch.where(flipped, (y + 1) % C, y)
 model_wrong = copy.deepcopy(model)
-_ = train(model_wrong, start, X, y_wrong, decay)
+_ = train_to_optimum(model_wrong, start, X, y_wrong, decay)
 e_wrong, L_wrong = derivatives(model_wrong(X), y_wrong)
 rows_wrong = flat(vmap_jacrev(model_wrong, X))
 steps = steps_without(rows_wrong, L_wrong, e_wrong, decay)

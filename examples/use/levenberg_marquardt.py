@@ -80,7 +80,7 @@ def vmap_jacrev(model, X):
     return vmap(jacrev(f), (None, 0))(params, X)
 
 
-def jacobian_rows(model, X):
+def flat_jacobian(model, X):
     """Return the Jacobian as a matrix ``[N * C, P]``."""
     blocks = [J.flatten(2) for J in vmap_jacrev(model, X).values()]
     return torch.cat(blocks, dim=2).flatten(0, 1)
@@ -111,7 +111,7 @@ def levenberg_marquardt(model, X, steps, mu=1.0, tries=30, log=lambda: None):
         raise ValueError(f"model(X) has shape {list(r.shape)}, not [N={len(X)}, C]")
     history, refused = [], 0
     for _ in range(steps):
-        J = jacobian_rows(model, X)
+        J = flat_jacobian(model, X)
         for _ in range(tries):
             trial = theta + damped_step(J, r.flatten(), mu)
             vector_to_parameters(trial, params)
@@ -146,7 +146,7 @@ print(f"damping from {high:.0e} to {low:.0e}")
 # to minimize the same.
 
 model = Residual(nn.Sequential(nn.Linear(1, 30), nn.Tanh(), nn.Linear(30, 1)))
-J, r, mu = jacobian_rows(model, X), model(X).detach().flatten(), 0.01
+J, r, mu = flat_jacobian(model, X), model(X).detach().flatten(), 0.01
 step = damped_step(J, r, mu)
 N, P = J.shape
 stacked = torch.cat([J, mu**0.5 * torch.eye(P)])
@@ -167,7 +167,7 @@ model = pinn(seed=0)
 params, losses = list(model.parameters()), [model(X).square().sum().item() / 2]
 for _ in range(5):
     r = model(X).detach().flatten()
-    step = damped_step(jacobian_rows(model, X), r, 1e-6)
+    step = damped_step(flat_jacobian(model, X), r, 1e-6)
     vector_to_parameters(parameters_to_vector(params).detach() + step, params)
     losses.append(model(X).square().sum().item() / 2)
 print("loss:", ", ".join(f"{loss:.0e}" for loss in losses))
@@ -257,7 +257,7 @@ plt.show()
 model = pinn(seed=0)
 for N in 66, 264:
     points = torch.linspace(0, 1, N)[:, None]
-    J, r = jacobian_rows(model, points), model(points).detach().flatten()
+    J, r = flat_jacobian(model, points), model(points).detach().flatten()
     jacobian = Timer("jacobian_rows(model, points)", globals=globals()).timeit(5)
     step = Timer("damped_step(J, r, 0.1)", globals=globals()).timeit(5)
     times = f"Jacobian {jacobian.mean * 1e3:.0f} ms, step {step.mean * 1e3:.1f} ms"
