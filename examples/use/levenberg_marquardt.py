@@ -258,7 +258,7 @@ model = pinn(seed=0)
 for N in 66, 264:
     points = torch.linspace(0, 1, N)[:, None]
     J, r = flat_jacobian(model, points), model(points).detach().flatten()
-    jacobian = Timer("jacobian_rows(model, points)", globals=globals()).timeit(5)
+    jacobian = Timer("flat_jacobian(model, points)", globals=globals()).timeit(5)
     step = Timer("damped_step(J, r, 0.1)", globals=globals()).timeit(5)
     times = f"Jacobian {jacobian.mean * 1e3:.0f} ms, step {step.mean * 1e3:.1f} ms"
     print(f"N = {N}: J has {J.numel() * 8 / 1e6:.1f} MB, {times}")
