@@ -280,8 +280,9 @@ megabytes = [number / 1e6 for number in (rows.nbytes, alone, max(peaks))]
 print("J {:.1f} MB, peak on 1 rank {:.1f} MB, on 2 ranks {:.1f} MB".format(*megabytes))
 assert max(peaks) < alone
 
+plt.rcParams["font.size"] = 13
 fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
-names = "J", "kernel,\n1 rank", "kernel,\n2 ranks"
+names = "all of J", "kernel,\n1 rank", "kernel,\n2 ranks"
 bars = ax.barh(names, megabytes, color=["0.6", "#D55E00", "#0072B2"])
 ax.bar_label(bars, fmt="%.0f MB", padding=3)
 ax.invert_yaxis()
