@@ -37,6 +37,7 @@ def launch(program, ranks, *inputs, timeout=120):
         Path(folder, "program.py").write_text(program)
         torch.save(inputs, Path(folder, "inputs.pt"))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--local-addr=localhost"]  # where the machine's name has no address
         command += [f"--nproc-per-node={ranks}", f"--log-dir={folder}", "program.py"]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         with subprocess.Popen(command, cwd=folder, text=True, **streams) as torchrun:
@@ -143,8 +144,9 @@ def linear_factors(model, X):
         a = torch.cat([args[0], torch.ones_like(args[0][:, :1])], 1).detach()
         calls.append((a, autograd.graph.get_gradient_edge(output)))
 
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    hooks = [layer.register_forward_hook(record) for layer in layers]
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    trained = [layer for layer in layers if layer.weight.requires_grad]
+    hooks = [layer.register_forward_hook(record) for layer in trained]
     fs = model(X)
     for hook in hooks:
         hook.remove()
@@ -278,8 +280,9 @@ megabytes = [number / 1e6 for number in (rows.nbytes, alone, max(peaks))]
 print("J {:.1f} MB, peak on 1 rank {:.1f} MB, on 2 ranks {:.1f} MB".format(*megabytes))
 assert max(peaks) < alone
 
+plt.rcParams["font.size"] = 13
 fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
-names = "J", "kernel,\n1 rank", "kernel,\n2 ranks"
+names = "all of J", "kernel,\n1 rank", "kernel,\n2 ranks"
 bars = ax.barh(names, megabytes, color=["0.6", "#D55E00", "#0072B2"])
 ax.bar_label(bars, fmt="%.0f MB", padding=3)
 ax.invert_yaxis()
