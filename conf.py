@@ -26,6 +26,8 @@ extensions = [
 ]
 exclude_patterns = ["_build", "auto_examples/index.rst"]  # index.rst includes it
 nitpicky = True  # a broken reference is a warning, and so an error
+# A checkout may lie in a folder whose name has a space: the pages have relative links.
+suppress_warnings = ["sphinx_gallery.space_in_filename"]
 
 # Rooms and tutorials in a learner's order; a tutorial that is not listed comes last.
 tutorial_order = {

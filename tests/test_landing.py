@@ -151,7 +151,8 @@ def test_links_of_the_form_lead_somewhere(kind, form):
 
 
 def test_guide_leads_to_what_to_take_and_to_whether_it_is_right(html):
-    links = {link["href"].partition("#")[0] for link in html.select("#your-case-take-this a")}
+    guide = html.select("#your-case-take-this a")
+    links = {link["href"].partition("#")[0] for link in guide}
     assert {
         "auto_examples/scale/jacobians_without_memory.html",
         "auto_examples/scale/neural_tangent_kernel.html",

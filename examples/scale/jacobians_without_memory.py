@@ -337,7 +337,7 @@ def checked_rows(model, X, c):
         errors = errors_in_roundings(model, leaves, X, fs, u, sums)
     if wrong := [name for name, error in errors.items() if not error <= LIMIT]:
         raise ValueError(f"wrong Jacobian of {wrong}")
-    return {name: block.detach() for name, block in chunk.items()}
+    return {name: block.detach().contiguous() for name, block in chunk.items()}
 
 
 def jacobian_chunks(model, X, size):
