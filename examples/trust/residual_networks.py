@@ -226,6 +226,22 @@ for method in batch_grad, sqrt_ggn:
     print(f"{method.__name__} of extended_copy(model, X) agrees with vmap_jacrev.")
 
 # %%
+# Below, ``error_of`` returns the text of the error, or the warning, of a call.
+
+# fold: The text of an error
+
+
+def error_of(function, *args):
+    """Return the error, or the warning, of a call that has to fail."""
+    try:
+        with warnings.catch_warnings(action="error"):
+            function(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0].split('. ')[0]}"
+    raise AssertionError("this call raises no error any more: correct this page")
+
+
+# %%
 # Errors of a model that is extended by hand
 # ------------------------------------------
 # Without the converter, each operation has to be a layer, and each layer is extended,
@@ -256,16 +272,6 @@ def extend_leaves(model):
         if not list(module.children()):
             extend(module)
     return model
-
-
-def error_of(function, *args):
-    """Return the error, or the warning, of a call that has to fail."""
-    try:
-        with warnings.catch_warnings(action="error"):
-            function(*args)
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0].split('. ')[0]}"
-    raise AssertionError("this call raises no error any more: correct this page")
 
 
 x, net = torch.randn(N, 1, 6, 6), Residual()
