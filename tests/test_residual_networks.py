@@ -10,13 +10,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.testing import assert_close
 
-PLAIN = (
-    "loop_jacobian",
-    "grads_batched_jacobian",
-    "jacrev_jacobian",
-    "vmap_jacobian",
-)
-BACKPACK = "batchgrad_jacobian", "sqrt_ggn_jacobian"
+METHODS = "vmap_jacrev", "batch_grad", "sqrt_ggn"
+BACKPACK = METHODS[1:]
 
 
 class Residual(nn.Module):
@@ -128,14 +123,13 @@ def compute(names):
     def run(method, model, X):
         before, values = state(model), copy.deepcopy(model.state_dict())
         try:
-            if method in BACKPACK:
-                extended = names["extended_copy"](model, X)
-                jacobian = names[method](extended, X)
-                stored = "grad_batch", "sqrt_ggn_exact"
-                left = [vars(p).keys() & set(stored) for p in extended.parameters()]
-                assert not any(left)
-                return jacobian
-            return names[method](model, X)
+            if method not in BACKPACK:
+                return names[method](model, X)
+            extended = names["extended_copy"](model, X)
+            jacobian = names[method](extended, X)
+            stored = {"grad_batch", "sqrt_ggn_exact"}
+            assert not any(vars(p).keys() & stored for p in extended.parameters())
+            return jacobian
         finally:
             assert state(model) == before
             assert_close(model.state_dict(), values, rtol=0, atol=0)
@@ -144,7 +138,7 @@ def compute(names):
     return run
 
 
-@pytest.mark.parametrize("method", PLAIN + BACKPACK)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("make", MODELS)
 def test_equals_the_reference_and_leaves_the_model(make, method, compute):
     model, X = ready(*make())
@@ -153,18 +147,18 @@ def test_equals_the_reference_and_leaves_the_model(make, method, compute):
 
 @hypothesis.settings(
     deadline=None,
-    max_examples=8,
+    max_examples=6,
     derandomize=True,
     database=None,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(
-    widths=st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    widths=st.lists(st.integers(1, 5), min_size=2, max_size=3),
     stride=st.integers(1, 2),
     activation=st.sampled_from([nn.ReLU, nn.ELU, nn.LeakyReLU]),
     inplace=st.booleans(),
-    N=st.integers(1, 4),
-    C=st.integers(1, 4),
+    N=st.integers(1, 3),
+    C=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
 def test_methods_agree_on_random_networks(
@@ -185,15 +179,8 @@ def test_methods_agree_on_random_networks(
     layers = *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], C)
     model, X = ready(nn.Sequential(*layers), (N, widths[0], 6, 6))
     expected = reference(model, X)
-    for method in PLAIN + BACKPACK:
+    for method in METHODS:
         assert_close(compute(method, model, X), expected)
-
-
-@pytest.mark.parametrize("method", ["loop_jacobian", *PLAIN[1:3]])
-def test_training_mode_is_right_and_keeps_the_statistics(method, compute):
-    model, X = ready(*bottleneck())
-    model.train()
-    assert_close(compute(method, model, X), reference(model, X))
 
 
 @pytest.mark.parametrize("method", BACKPACK)
@@ -225,18 +212,9 @@ class Shared(nn.Module):
 def test_pooling_that_no_kernel_replaces_stays(make, compute):
     model, X = make()
     X = torch.rand(4, 1, 6, 6) if X is None else X
-    assert_close(compute("batchgrad_jacobian", model, X), reference(model, X))
+    assert_close(compute("batch_grad", model, X), reference(model, X))
     with pytest.raises(NotImplementedError, match="AdaptiveAvgPool2d"):
-        compute("sqrt_ggn_jacobian", model, X)
-
-
-@pytest.mark.parametrize("method", PLAIN + BACKPACK)
-def test_other_outputs_raise_and_leave_the_model(method, compute):
-    model = nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (3, 2)))
-    with pytest.raises(
-        ValueError, match=r"model\(X\) has shape \[\d, 3, 2\], not \[N="
-    ):
-        compute(method, model, torch.rand(5, 4))
+        compute("sqrt_ggn", model, X)
 
 
 class PreActivation(nn.Module):
@@ -296,8 +274,50 @@ def test_influence_with_batch_norm_keeps_the_statistics(names):
     assert_close(names["sample_influence"](model.eval(), X) > 0, torch.eye(5) > 0)
 
 
-def test_a_failure_that_is_gone_or_changed_fails_the_page(names):
-    with pytest.raises(AssertionError, match="'some text' is gone"):
-        names["fails"]("some text", lambda: None)
-    with pytest.raises(AssertionError, match="'some text' became RuntimeError"):
-        names["fails"]("some text", torch.rand(2).reshape, 3)
+VIEW = "RuntimeError: Output 0 of BackwardHookFunction is a view and is being modified"
+LOST = "AssertionError: BackPACK extension expects a backpropagation quantity but it is"
+RULE = "Extension saving to {} does not have an extension for Module"
+TEXTS = {  # of sqrt_ggn, as the questions page quotes them, too
+    "ReLU(inplace=True)": VIEW,
+    "+=": VIEW,
+    "torch.relu": LOST,
+    "+": LOST,
+    "one ReLU, called twice": "AttributeError: 'ReLU' object has no attribute 'output'",
+    "AdaptiveAvgPool2d": f"NotImplementedError: {RULE.format('sqrt_ggn_exact')}",
+    "torch.flatten": "RuntimeError: ('Difference in dimension must be 1.'",
+}
+
+
+def test_each_step_raises_the_text_that_people_search_for(names):
+    error_of, leaves, x = names["error_of"], names["extend_leaves"], names["x"]
+    steps = names["in_place"] | names["no_layer"]
+    assert steps.keys() == TEXTS.keys()
+    for title, step in steps.items():
+        net = copy.deepcopy(names["Residual"](**step))
+        assert error_of(names["sqrt_ggn"], leaves(net), x).startswith(TEXTS[title])
+
+
+def test_converter_raises_the_texts_that_people_search_for(names):
+    texts = [
+        names["error_of"](names["extended_copy"], names["Residual"](**step), names["x"])
+        for step in names["cases"].values()
+    ]
+    assert texts[0].endswith("object has no attribute 'split'")
+    assert texts[1].startswith("RuntimeError: Expecting types [float, Node], got")
+    assert texts[2] == "ValueError: the converter changed the outputs of the model"
+
+
+def test_batch_norm_in_training_mode_raises_the_texts_that_people_search_for(names):
+    model, X = ready(*residual_mlp())
+    extended = names["extended_copy"](model, X).train()
+    error_of, text = names["error_of"], "Encountered BatchNorm module in training mode"
+    assert error_of(names["batch_grad"], extended, X) == f"UserWarning: {text}"
+    assert error_of(names["sqrt_ggn"], extended, X) == f"NotImplementedError: {text}"
+    text = error_of(names["vmap_jacrev"], model.train(), X)
+    assert "in-place operation" in text
+    assert "would mutate a captured Tensor" in text
+
+
+def test_error_that_is_gone_fails_the_page(names):
+    with pytest.raises(AssertionError, match="correct this page"):
+        names["error_of"](lambda: None)
