@@ -1,103 +1,240 @@
 """Print every ratio of speed and memory that the site claims, and hold it to a bound.
 
-Each ratio compares two measurements of this run, on one thread, so a slow machine does
-not change it much, though a busy one may: run it on an idle one.
+The functions that are compared take turns. A ratio is the median of those of the turns,
+so a slow machine does not change it much, though a busy one does: run it on an idle
+one. On one thread it counts the time of this process; an argument gives the number of
+threads. The exit status is the number of bounds that do not hold.
 """
 
 import contextlib
 import io
 import os
 import platform
-import runpy
+import statistics
 import sys
+import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["KINETO_LOG_LEVEL"] = "6"  # keep the profiler from writing to stderr
 
 import torch
-from torch.utils.benchmark import Timer
+from definitions import Definitions
+from field import FIELD, mlp, vmap_jacrev
 
-SCALE = Path(__file__).parents[1] / "examples" / "scale"
+ROOT = Path(__file__).parents[1]
+THREADS = int(sys.argv[1]) if sys.argv[1:] else 1
+clock = time.process_time if THREADS == 1 else time.perf_counter
+SECONDS = 1  # for the turns of one model
+LARGE = {
+    "MLP 784-256-256-10": FIELD["MLP 784-256-256-10"],
+    "MLP 64-128-128-10": lambda: (mlp(64, 128, 128, 10), torch.rand(128, 64)),
+    "MLP 64-64-64-100": lambda: (mlp(64, 64, 64, 100), torch.rand(32, 64)),
+}
+SMALL = "``N * C`` below about ten", "`loop <", "autograd loop"
+MOST = "Most models, in eval mode", "`vmap(jacrev) <", "vmap(jacrev)"
+WIDE = "Wide linear layers, at every step", "``out=``", "batched_jacobian, out="
+GUIDE = {  # case of the benchmark page: its row of the guide, what that names, and how
+    "small MLP, N = 2, C = 1": SMALL,  # this file calls it
+    "small MLP, N = 32, C = 5": MOST,
+    "wide MLP, N = 1, C = 10": MOST,
+    "wide MLP, N = 16, C = 10": WIDE,
+    "CNN, N = 12, C = 10": MOST,
+    "transformer, N = 12, C = 9": MOST,
+}
 failed = []
 
 
-def page(name):
-    """Run a tutorial, which checks its numbers, and return its names."""
-    print(f"running {name}.py ...", file=sys.stderr, flush=True)
-    with contextlib.redirect_stdout(io.StringIO()):
-        return runpy.run_path(str(SCALE / f"{name}.py"))
+def names(tutorial):
+    """Return the names of a tutorial, in single precision."""
+    found = Definitions(ROOT / "examples" / f"{tutorial}.py")
+    torch.set_default_dtype(torch.float32)
+    return found
 
 
-def milliseconds(calls, rounds=4):
-    """Return the smallest median of each call: other programs only add time."""
-    timers = {
-        k: Timer("f(*args)", globals={"f": f, "args": args}, num_threads=1)
-        for k, (f, *args) in calls.items()
-    }
-    medians = {name: [] for name in calls}
-    for _ in range(rounds):  # in turn, so that all meet the same conditions
-        for name, timer in timers.items():
-            measured = timer.blocked_autorange(min_run_time=0.3)
-            medians[name].append(1e3 * measured.median)
-    return medians
+def turns(calls, seconds=SECONDS):
+    """Return ``{name: milliseconds of its turns}``, of at least five turns."""
+    times = {name: [] for name in calls}
+    for function, *args in calls.values():
+        function(*args)  # the first call loads code and memory
+    turn, end = 0, clock() + seconds
+    while turn < 5 or clock() < end:
+        turn += 1
+        for name, (function, *args) in calls.items():
+            start = clock()
+            function(*args)
+            times[name].append(1e3 * (clock() - start))
+    return times
 
 
-def bound(claim, ratio, least=None, most=None):
-    good = ratio >= least if most is None else ratio <= most
+def ratio(times, name, other):
+    """Return the median of the ratios in each turn, and a text with their quartiles.
+
+    ``other`` is a name, or several: then their fastest counts.
+    """
+    others = [times[k] for k in ([other] if isinstance(other, str) else other)]
+    ratios = [t / min(rest) for t, *rest in zip(times[name], *others)]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return median, f"x {median:.2f} ({low:.2f}-{high:.2f})"
+
+
+def bound(claim, value, least=None, most=None):
+    good = value >= least if most is None else value <= most
     limit = f"at least {least:g}" if most is None else f"at most {most:g}"
-    print(f"{'ok  ' if good else 'FAIL'} {claim}: {ratio:.3g} ({limit})", flush=True)
+    print(f"{'ok  ' if good else 'FAIL'} {claim}: {value:.3g} ({limit})", flush=True)
     if not good:
         failed.append(claim)
 
 
+def works(function, *args):
+    """Return whether a method has rules for all layers of a model."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Extension saving to")  # BackPACK
+            function(*args)
+    except (NotImplementedError, UserWarning, AssertionError, RuntimeError):
+        return False
+    return True
+
+
+begin = time.perf_counter()
+warnings.simplefilter("ignore")  # vmap warns that it loops over some operations
+torch.set_num_threads(THREADS)
 print(f"Python {platform.python_version()}, {platform.machine()}", end="")
 for package in ("torch", "backpack-for-pytorch"):
     print(f", {package} {version(package)}", end="")
-print(f", {os.cpu_count()} cores, 1 thread")
+print(f", {os.cpu_count()} cores, threads: {THREADS}, load {os.getloadavg()[0]:.1f}")
 
-universal = page("universal_jacobian")
-torch.set_num_threads(1)
-torch.set_default_dtype(torch.float32)
-for work, (model, X) in universal["WORK"].items():
-    J = universal["batched_jacobian"](model, X)
-    size = sum(block.nbytes for block in J.values()) / 1e6
-    methods = {k: (method, model, X) for k, method in universal["METHODS"].items()}
-    methods |= {"batched_jacobian, out=": (universal["reuse"], model, X, J)}
-    methods |= {"write, new memory": (universal["write_new"], J)}
-    methods |= {"write, same memory": (universal["write_same"], J)}
-    medians = milliseconds(methods)
-    times = {name: min(values) for name, values in medians.items()}
-    print(f"{work}, J {size:.3g} MB; smallest and largest median in ms:")
-    for name, values in medians.items():
-        print(f"     {name}: {times[name]:.3g}, {max(values):.3g}", flush=True)
-    new, reused = times["batched_jacobian"], times["batched_jacobian, out="]
-    other = min(times["vmap(jacrev)"], times["SqrtGGNExact"])
-    if size < 1:  # fixed costs decide, the check among them
-        print(
-            f"     vmap(jacrev) / batched_jacobian: {times['vmap(jacrev)'] / new:.3g}"
-        )
+jacobian = names("scale/universal_jacobian")["batched_jacobian"]
+check = names("trust/check_a_jacobian")["check_jacobian"]
+peak_bytes = names("scale/jacobians_without_memory")["peak_bytes"]
+compute = names("compute/choosing_a_method")
+loop = compute["autograd_loop"]
+
+
+def unchecked(model, X, J):
+    return jacobian(model, X, method=J.method)
+
+
+def reuse(model, X, J):
+    return jacobian(model, X, method=J.method, out=J)
+
+
+def reuse_checked(model, X, J):
+    return jacobian(model, X, out=J)
+
+
+def write(J):
+    for block in J.values():
+        block.fill_(1)
+
+
+def median(times, name):
+    return statistics.median(times[name])
+
+
+print("\nTime as a multiple of vmap(jacrev), and what half of the turns lie between")
+slow = []
+for title, make in (FIELD | LARGE).items():
+    torch.manual_seed(0)
+    model, X = make()
+    J = jacobian(model, X)
+    size = sum(block.nbytes for block in J.values())
+    unit = "vmap(jacrev)" if works(vmap_jacrev, model, X) else "autograd loop"
+    calls = {unit: (vmap_jacrev if "vmap" in unit else loop, model, X)}
+    if title in LARGE:
+        calls["SqrtGGNExact"] = compute["calls"](model, X)["SqrtGGNExact"]
+    calls["checked"] = jacobian, model, X
+    calls["method="] = unchecked, model, X, J
+    calls["check_jacobian"] = check, model, X, J
+    if title in LARGE:
+        calls["out="] = reuse_checked, model, X, J
+    calls["method=, out="] = reuse, model, X, J
+    if title in LARGE:
+        calls["write"] = write, J
+    peaks = [peak_bytes(*calls[k]) / size for k in (unit, "checked", "method=, out=")]
+    times = turns(calls)
+    of_unit = {name: ratio(times, name, unit) for name in times}
+    C = next(iter(J.values())).shape[1]
+    print(f"{title}, N {len(X)}, C {C}, J {size / 1e6:.3g} MB, by {J.method}:")
+    print(f"     {unit} {median(times, unit):.3g} ms; ", end="")
+    print(", ".join(f"{name} {of_unit[name][1]}" for name in list(calls)[1:]))
+    print(f"     peaks in J: {unit} {peaks[0]:.2f}, checked {peaks[1]:.2f}", end="")
+    print(f", method=, out= {peaks[2]:.2f} more", flush=True)
+    if unit == "autograd loop":
         continue
-    bound("fastest other method / batched_jacobian", other / new, least=1)
-    least = 1.4 if "CNN" in work else 2.5
-    bound("fastest other method / out=", other / reused, least=least)
-    if "MLP" in work:
-        ratio = reused / times["write, same memory"]
-        bound("batched_jacobian, out= / writing J", ratio, most=1.3)
-for quantity, slope in universal["slopes"].items():
-    bound(f"exponent of N in the {quantity}", slope, most=1.1)
-del J, universal
+    checked, by_method = of_unit["checked"][0], of_unit["method="][0]
+    if median(times, unit) < 15:
+        bound(f"{title}, checked / vmap(jacrev)", checked, most=2)
+    else:
+        slow.append(checked)
+        bound(f"{title}, method= / vmap(jacrev)", by_method, most=1.15)
+        bound(f"{title}, checked / vmap(jacrev)", checked, most=1.5)
+    if title in LARGE:
+        others = "vmap(jacrev)", "SqrtGGNExact"
+        for name in "out=", "method=, out=":
+            value = 1 / ratio(times, name, others)[0]
+            bound(f"{title}, fastest other method / {name}", value, least=2.5)
+        print(f"     out= / writing J: {ratio(times, 'out=', 'write')[1]}")
+        value, _ = ratio(times, "method=, out=", "write")
+        bound(f"{title}, method=, out= / writing J", value, most=1.3)
+bound("checked / vmap(jacrev), the median", statistics.median(slow), most=1.3)
+del J, calls
 
-memory = page("jacobians_without_memory")
-torch.set_num_threads(1)
-call = memory["large"], memory["X_large"]
-calls = {name: (memory[name], *call) for name in ("dense_ntk", "ntk")}
-dense, fast = map(min, milliseconds(calls, rounds=2).values())
-print(f"NTK, MLP 784-256-256-10, N = 64: {fast:.3g} ms, dense {dense:.4g} ms")
-bound("dense NTK / NTK from factors, time", dense / fast, least=100)
-ratio = memory["peaks"]["NTK from factors"] / memory["peaks"]["NTK from J"]
-bound("NTK from factors / dense NTK, peak", ratio, most=0.02)
+print("\nNeural tangent kernel")
+kernels = names("scale/neural_tangent_kernel")
+for title, (model, X), least, most in (
+    ("CNN 17-34, 8 x 8", (kernels["cnn"](17, 10), torch.rand(128, 1, 8, 8)), 1.5, 1),
+    ("MLP 784-256-256-10", LARGE["MLP 784-256-256-10"](), 100, 0.02),
+):
+    calls = {name: (kernels[name], model, X) for name in ("contracted", "ntk")}
+    peaks = {name: peak_bytes(*call) for name, call in calls.items()}
+    # A large J leaves no processor's cache as it was: the second call counts.
+    times = turns({"contracted": calls["contracted"], "once": calls["ntk"]} | calls)
+    print(f"{title}, N {len(X)}: ntk {median(times, 'ntk'):.3g} ms", end="")
+    print(f", from J {median(times, 'contracted'):.4g} ms")
+    value, _ = ratio(times, "contracted", "ntk")
+    bound(f"{title}, kernel from J / ntk, time", value, least)
+    value = peaks["ntk"] / peaks["contracted"]
+    bound(f"{title}, ntk / kernel from J, peak", value, most=most)
 
-ranks = page("distributed_jacobians")
-bound("peak on 2 ranks / on 1", ranks["worst"]["peak"] / ranks["alone"], most=0.6)
-sys.exit(f"{len(failed)} of the bounds do not hold" if failed else 0)
+print("\nThe guide: the function that it names, and the fastest of all")
+rows = (ROOT / "docs" / "index.rst").read_text().split("   * - ")[1:]
+guide = dict(row.split("\n     - ") for row in rows)
+for title, (model, X) in compute["cases"].items():
+    row, text, named = GUIDE[title]
+    assert text in guide[row], f"the landing page says {guide[row]!r} for {row!r}"
+    calls = compute["calls"](model, X)
+    short = model(X).numel() <= compute["FEW"]
+    J = jacobian(model, X)
+    calls = {k: call for k, call in calls.items() if short or k != "autograd loop"}
+    calls = {k: call for k, call in calls.items() if works(*call)}
+    calls["batched_jacobian, out="] = (reuse, model, X, J)
+    times = turns(calls, 0.6)
+    ranked = sorted(times, key=lambda name: median(times, name))
+    print(f"{title}:", ", ".join(f"{k} {median(times, k):.3g} ms" for k in ranked))
+    value, _ = ratio(times, named, list(times))
+    bound(f"{title}, {named} / fastest", value, most=1.2)
+
+print("\nTime of vmap(jacrev) as a multiple of that of the loop over the outputs")
+for widths in (16, 32, 32), (784, 256, 256):
+    for N, C in (1, 1), (2, 2), (2, 5), (4, 5), (8, 5):
+        model, X = mlp(*widths, C), torch.rand(N, widths[0])
+        calls = {"vmap(jacrev)": (vmap_jacrev, model, X), "loop": (loop, model, X)}
+        value, text = ratio(turns(calls, 0.3), "vmap(jacrev)", "loop")
+        print(f"MLP {widths}, N * C = {N * C}: {text}")
+        if N * C == 1:
+            bound("vmap(jacrev) / loop, N * C = 1", value, least=1.5)
+        if N * C == 20:
+            bound("vmap(jacrev) / loop, N * C = 20", value, most=1)
+
+print("\nSeveral processes")
+with contextlib.redirect_stdout(io.StringIO()):
+    ranks = names("scale/distributed_jacobians")
+    worst, alone = ranks["worst"]["peak"], ranks["alone"]
+bound("peak on 2 ranks / on 1", worst / alone, most=0.6)
+print(f"{time.perf_counter() - begin:.0f} s, load {os.getloadavg()[0]:.1f}")
+print(f"{len(failed)} of the bounds do not hold", *failed, sep="\n  ")
+sys.exit(len(failed))

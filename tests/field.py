@@ -346,8 +346,9 @@ class LoRA(nn.Module):
 
 
 def lora():
-    layers = LoRA(nn.Linear(128, 256)), nn.GELU(), LoRA(nn.Linear(256, 10))
-    return nn.Sequential(*layers), rand(32, 128)
+    first, second = LoRA(nn.Linear(256, 512)), LoRA(nn.Linear(512, 512))
+    layers = first, nn.GELU(), second, nn.GELU(), LoRA(nn.Linear(512, 10))
+    return nn.Sequential(*layers), rand(64, 256)
 
 
 class Temperature(nn.Module):
