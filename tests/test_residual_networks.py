@@ -289,17 +289,19 @@ TEXTS = {  # of sqrt_ggn, as the questions page quotes them, too
 
 
 def test_each_step_raises_the_text_that_people_search_for(names):
-    error_of, leaves, x = names["error_of"], names["extend_leaves"], names["x"]
+    error_of, leaves, x = names["error_text"], names["extended_leaves"], names["x"]
     steps = names["in_place"] | names["no_layer"]
     assert steps.keys() == TEXTS.keys()
     for title, step in steps.items():
-        net = copy.deepcopy(names["Residual"](**step))
+        net = copy.deepcopy(names["SmallResidual"](**step))
         assert error_of(names["sqrt_ggn"], leaves(net), x).startswith(TEXTS[title])
 
 
 def test_converter_raises_the_texts_that_people_search_for(names):
     texts = [
-        names["error_of"](names["extended_copy"], names["Residual"](**step), names["x"])
+        names["error_text"](
+            names["extended_copy"], names["SmallResidual"](**step), names["x"]
+        )
         for step in names["cases"].values()
     ]
     assert texts[0].endswith("object has no attribute 'split'")
@@ -310,7 +312,10 @@ def test_converter_raises_the_texts_that_people_search_for(names):
 def test_batch_norm_in_training_mode_raises_the_texts_that_people_search_for(names):
     model, X = ready(*residual_mlp())
     extended = names["extended_copy"](model, X).train()
-    error_of, text = names["error_of"], "Encountered BatchNorm module in training mode"
+    error_of, text = (
+        names["error_text"],
+        "Encountered BatchNorm module in training mode",
+    )
     assert error_of(names["batch_grad"], extended, X) == f"UserWarning: {text}"
     assert error_of(names["sqrt_ggn"], extended, X) == f"NotImplementedError: {text}"
     text = error_of(names["vmap_jacrev"], model.train(), X)
@@ -320,4 +325,4 @@ def test_batch_norm_in_training_mode_raises_the_texts_that_people_search_for(nam
 
 def test_error_that_is_gone_fails_the_page(names):
     with pytest.raises(AssertionError, match="correct this page"):
-        names["error_of"](lambda: None)
+        names["error_text"](lambda: None)

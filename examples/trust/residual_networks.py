@@ -37,7 +37,7 @@ _ = torch.manual_seed(0)
 # fold: A small ResNet
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     def __init__(self, inputs, width, outputs, stride=1):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
@@ -64,8 +64,8 @@ class ResNet(nn.Module):
         self.conv1 = nn.Conv2d(1, 3, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(3)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = Block(3, 4, 3)
-        self.layer2 = Block(3, 5, 6, stride=2)
+        self.layer1 = ResidualBlock(3, 4, 3)
+        self.layer2 = ResidualBlock(3, 5, 6, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(6, 10)
 
@@ -226,12 +226,12 @@ for method in batch_grad, sqrt_ggn:
     print(f"{method.__name__} of extended_copy(model, X) agrees with vmap_jacrev.")
 
 # %%
-# Below, ``error_of`` returns the text of the error, or the warning, of a call.
+# Below, ``error_text`` returns the text of the error, or the warning, of a call.
 
 # fold: The text of an error
 
 
-def error_of(function, *args):
+def error_text(function, *args):
     """Return the error, or the warning, of a call that has to fail."""
     try:
         with warnings.catch_warnings(action="error"):
@@ -245,11 +245,11 @@ def error_of(function, *args):
 # Errors of a model that is extended by hand
 # ------------------------------------------
 # Without the converter, each operation has to be a layer, and each layer is extended,
-# not the class that holds them. ``Residual`` is a smallest network with this form. Both
-# methods are right for it, for ``x`` of shape ``[N, 1, 6, 6]``.
+# not the class that holds them. ``SmallResidual`` is a smallest network with this form.
+# Both methods are right for it, for ``x`` of shape ``[N, 1, 6, 6]``.
 
 
-class Residual(nn.Module):
+class SmallResidual(nn.Module):
     def __init__(self, **steps):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, padding=1)
@@ -266,7 +266,7 @@ class Residual(nn.Module):
         return self.fc(self.flatten(self.pool(self.relu2(out))))
 
 
-def extend_leaves(model):
+def extended_leaves(model):
     """Extend the layers of ``model``, not the classes that hold them."""
     for module in model.modules():
         if not list(module.children()):
@@ -274,11 +274,13 @@ def extend_leaves(model):
     return model
 
 
-x, net = torch.randn(N, 1, 6, 6), Residual()
+x, net = torch.randn(N, 1, 6, 6), SmallResidual()
 for method in batch_grad, sqrt_ggn:
-    assert_close(method(extend_leaves(copy.deepcopy(net)), x), vmap_jacrev(net, x))
-    print(f"{method.__name__} of Residual() agrees with vmap_jacrev.")
-    print(f"Its class extended, too: {error_of(method, extend(copy.deepcopy(net)), x)}")
+    assert_close(method(extended_leaves(copy.deepcopy(net)), x), vmap_jacrev(net, x))
+    print(f"{method.__name__} of SmallResidual() agrees with vmap_jacrev.")
+    print(
+        f"Its class extended, too: {error_text(method, extend(copy.deepcopy(net)), x)}"
+    )
 
 # %%
 # Now we put one step back at a time as it stands in common networks. Operations in
@@ -288,9 +290,9 @@ for method in batch_grad, sqrt_ggn:
 in_place = {"ReLU(inplace=True)": {"relu1": nn.ReLU(inplace=True)}}
 in_place["+="] = {"add": operator.iadd}
 for title, step in in_place.items():
-    net = Residual(**step)
+    net = SmallResidual(**step)
     for method in batch_grad, sqrt_ggn:
-        text = error_of(method, extend_leaves(copy.deepcopy(net)), x)
+        text = error_text(method, extended_leaves(copy.deepcopy(net)), x)
         print(f"{title}, {method.__name__}: {text}")
 
 # %%
@@ -310,9 +312,11 @@ no_layer = {
     "torch.flatten": {"flatten": lambda out: torch.flatten(out, 1)},
 }
 for title, step in no_layer.items():
-    net = Residual(**step)
-    print(f"{title}: {error_of(sqrt_ggn, extend_leaves(copy.deepcopy(net)), x)}")
-    assert_close(batch_grad(extend_leaves(copy.deepcopy(net)), x), vmap_jacrev(net, x))
+    net = SmallResidual(**step)
+    print(f"{title}: {error_text(sqrt_ggn, extended_leaves(copy.deepcopy(net)), x)}")
+    assert_close(
+        batch_grad(extended_leaves(copy.deepcopy(net)), x), vmap_jacrev(net, x)
+    )
 print("batch_grad agrees with vmap_jacrev for each.")
 
 # %%
@@ -328,8 +332,8 @@ swish = {"relu1": lambda h: h * torch.sigmoid(h)}
 cases = {"torch.relu, called twice": {"relu1": torch.relu, "relu2": torch.relu}}
 cases |= {"x * sigmoid(x)": swish, "ReLU(inplace=True)": in_place["ReLU(inplace=True)"]}
 for title, step in cases.items():
-    net = Residual(**step)
-    print(f"{title}: {error_of(extended_copy, net, x)}")
+    net = SmallResidual(**step)
+    print(f"{title}: {error_text(extended_copy, net, x)}")
     assert_close(vmap_jacrev(net, x), autograd_loop(net, x))
 print("vmap_jacrev agrees with the loop for each.")
 
@@ -342,9 +346,9 @@ print("sqrt_ggn after the converter alone:", "right" if same else "wrong, no err
 # A layer with parameters and without a rule, such as ``GroupNorm``, fails with both
 # methods. ``BatchGrad`` warns, and where the warning is ignored, the result is missing.
 
-grouped = Residual(relu2=nn.GroupNorm(1, 2))
+grouped = SmallResidual(relu2=nn.GroupNorm(1, 2))
 extended = extended_copy(grouped, x)
-print(error_of(batch_grad, extended, x))
+print(error_text(batch_grad, extended, x))
 try:
     with warnings.catch_warnings(action="ignore"):
         batch_grad(extended, x)
@@ -366,7 +370,7 @@ training = copy.deepcopy(model).train()
 params = {name: p.detach() for name, p in training.named_parameters()}
 
 
-def f(params):  # of the batch
+def of_the_batch(params):
     buffers = {name: b.clone() for name, b in training.named_buffers()}
     return functional_call(training, (params, buffers), X)
 
@@ -374,12 +378,12 @@ def f(params):  # of the batch
 extended = extend(copy.deepcopy(training), use_converter=True)
 _ = extended.set_submodule("avgpool", extend(nn.AvgPool2d(4)))
 without_clones = jacrev(lambda params: functional_call(training, params, X))
-print("vmap_jacrev,", error_of(vmap_jacrev, training, X))
-print("sqrt_ggn,", error_of(sqrt_ggn, extended, X))
-print("batch_grad,", error_of(batch_grad, extended, X))
-print("jacrev without clones,", error_of(without_clones, params))
+print("vmap_jacrev,", error_text(vmap_jacrev, training, X))
+print("sqrt_ggn,", error_text(sqrt_ggn, extended, X))
+print("batch_grad,", error_text(batch_grad, extended, X))
+print("jacrev without clones,", error_text(without_clones, params))
 
-mixed = jacrev(f)(params)
+mixed = jacrev(of_the_batch)(params)
 assert_close(mixed, autograd_loop(copy.deepcopy(training), X))
 print("jacrev over the batch agrees with the loop.")
 
