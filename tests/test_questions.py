@@ -24,10 +24,13 @@ def blocks(directive, entry):
 def start(monkeypatch):
     """Return the names that the page starts from, with the downloads at hand."""
     monkeypatch.setattr(sys, "path", [str(SITE / "take"), *sys.path])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # as the reader's is
     torch.manual_seed(0)
     names = {"print": lambda *values: None}
     exec(textwrap.dedent(START), names)
-    return names
+    yield names
+    torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=TITLES)

@@ -557,7 +557,7 @@ for name, plan in plans.items():
     wanted = peaks[name]["vmap(jacrev)"] * plan["bytes"]
     assert math.isclose(plan["peak"], wanted, rel_tol=0.1), "the plan was wrong"
 for way in peaks["MLP"]:
-    print(f"{way}: MLP {peaks['MLP'][way]:.2g}, CNN {peaks['CNN'][way]:.2g} of J")
+    print(f"{way}: MLP {peaks['MLP'][way]:.1g}, CNN {peaks['CNN'][way]:.1g} of J")
 
 # %%
 # What to take home
