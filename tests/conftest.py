@@ -17,6 +17,7 @@ from playwright.sync_api import sync_playwright
 from xdist.scheduler import LoadScopeScheduling
 
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["OMP_WAIT_POLICY"] = "passive"  # a waiting thread leaves the core to others
 os.environ["TORCH_LOGS"] = "-torch.utils.cpp_extension"  # see Makefile
 
 ROOT = Path(__file__).parents[1]
