@@ -33,7 +33,7 @@ LARGE = {
     "MLP 64-128-128-10": lambda: (mlp(64, 128, 128, 10), torch.rand(128, 64)),
     "MLP 64-64-64-100": lambda: (mlp(64, 64, 64, 100), torch.rand(32, 64)),
 }
-SMALL = "``N * C`` below about ten", "`loop <", "autograd loop"
+SMALL = "``N * C`` below about five", "`loop <", "autograd loop"
 MOST = "Most models, in eval mode", "`vmap(jacrev) <", "vmap(jacrev)"
 WIDE = "Wide linear layers, at every step", "``out=``", "batched_jacobian, out="
 GUIDE = {  # case of the benchmark page: its row of the guide, what that names, and how
