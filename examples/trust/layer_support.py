@@ -180,6 +180,8 @@ methods = {
 
 def trainable(model):
     """Return the parameters that require a gradient, by name."""
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("pass the model inside, model.module")
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError("no parameter of the model requires a gradient")
