@@ -727,8 +727,8 @@ torch.set_num_threads(default_threads)
 #   with your model and batch in ``cases``.
 # - ``vmap(jacrev)`` needs no other package and six lines; ``batched_jacobian`` checks
 #   its result, and takes models that ``vmap`` does not.
-# - With few samples and outputs the fixed cost decides: see the rows of ``N = 1`` and
-#   ``N = 2`` before you prefer ``vmap``.
+# - With few samples and outputs the fixed cost decides, and ``grads_batched`` has less
+#   of it: take it for ``N * C`` of about ten and fewer.
 #
 # Next: ``scale/universal_jacobian.py`` teaches ``batched_jacobian``. The alternative:
 # ``compute/torch_func_jacobians.py`` teaches the methods of PyTorch alone.

@@ -448,9 +448,10 @@ for case, (net, inputs) in cases.items():
 # products of two small arrays, so it computes these arrays instead, as
 # ``scale/layer_structure.py`` explains. Then, for random weights ``u`` of shape
 # ``[N, C]``, the sum of ``u * J`` has to be the gradient of ``(u * fs).sum()``, up to
-# the rounding that this gradient shows on this model. A parameter for which it is not
-# gets its block from the next method; the last one is the definition, and needs no
-# check. These are the methods, in the order in which they are tried:
+# the rounding that this gradient shows on this model: the check of
+# ``trust/check_a_jacobian.py``. A parameter for which it is not gets its block from the
+# next method; the last one is the definition, and needs no check. These are the
+# methods, in the order in which they are tried:
 
 print(*METHODS, sep="\n")
 

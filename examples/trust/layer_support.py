@@ -845,6 +845,7 @@ torch.set_num_threads(threads)
 # - ``functional.jacobian`` and ``is_grads_batched`` where it raises: slower, and right
 #   on almost every case.
 # - BackPACK where its rules fit, after ``verdicts`` has said so for your model.
+# - At sizes for which the loop is too slow, ``trust/check_a_jacobian.py``.
 #
 # Next: ``trust/silent_failures.py`` explains the wrong Jacobians. The alternative:
 # ``scale/universal_jacobian.py`` computes the Jacobian of a model for which no fast
