@@ -19,6 +19,7 @@ from torch import autograd, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.testing import assert_close
 
+torch.set_default_dtype(torch.float32)
 threads = torch.get_num_threads()
 torch.set_num_threads(1)
 _ = torch.manual_seed(0)
@@ -267,7 +268,7 @@ for norm in (nn.LayerNorm(8), nn.BatchNorm1d(8), nn.GroupNorm(2, 8)):
 # Norms without autocast
 # ----------------------
 # Switch ``autocast`` off for the Jacobian, and it has the digits of ``float32`` again.
-# If the model calls ``autocast`` itself, write its norms so.
+# If the model calls ``autocast`` itself, take norms like this one.
 
 
 class SinglePrecisionNorm(nn.LayerNorm):
