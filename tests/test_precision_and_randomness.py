@@ -97,11 +97,13 @@ def test_relative_errors_see_an_error(page):
     assert page["largest_error"](J, exact) == 0.25
 
 
-def test_old_switch_after_new_ones():
+@pytest.mark.parametrize("operations", [("conv",), ("rnn",), ("conv", "rnn")])
+def test_old_switch_after_new_ones(operations):
     cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32
     try:
-        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = "ieee", "tf32"
+        for operation in operations:
+            getattr(cudnn, operation).fp32_precision = "ieee"
         with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
             _ = cudnn.allow_tf32
     finally:

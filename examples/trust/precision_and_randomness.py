@@ -352,15 +352,15 @@ if not gpu:
 # --------------------
 # Since 2.9 each operation has a switch ``fp32_precision``: ``"ieee"``, ``"tf32"``,
 # ``"none"`` (that of its backend), and for CPUs ``"bf16"``. Use the old switches or the
-# new ones in a program, not both. Here convolutions and recurrent layers have different
-# new settings, so the old switch has no answer. This is what comes:
+# new ones in a program, not both. Here a new one takes TF32 from convolutions while the
+# old one still allows it. This is what comes if a library then reads the old one:
 
 try:
-    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = "ieee", "tf32"
+    cudnn.conv.fp32_precision = "ieee"
     print(f"cudnn.allow_tf32 = {cudnn.allow_tf32}")
 except (AttributeError, RuntimeError) as error:
     print(f"{type(error).__name__}: {error}")
-cudnn.allow_tf32 = before  # of both
+cudnn.allow_tf32 = before  # the new ones follow
 
 # %%
 # Dropout under vmap
