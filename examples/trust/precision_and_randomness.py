@@ -194,6 +194,25 @@ for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
     assert rounding < 10 * torch.finfo(dtype).eps
 
 # %%
+# Order of sums
+# -------------
+# In ``float32`` the sum of ``J`` over samples and outputs and the gradient of the sum
+# of ``fs`` differ, although both are right: they add the same numbers in another order.
+# The bias of a convolution is a sum over all samples and pixels. A tolerance that fits
+# ``J`` can call its gradient wrong.
+
+model, X = conv_net(3, 12, 16), torch.rand(12, 3, 32, 32)
+J, exact = vmap_jacrev(model, X), copy.deepcopy(model).double()
+gradients = autograd.grad(model(X).sum(), (model[0].bias, model[2].bias))
+sums = autograd.grad(exact(X.double()).sum(), (exact[0].bias, exact[2].bias))
+for name, gradient, truth in zip(("0.bias", "2.bias"), gradients, sums):
+    total = J[name].sum((0, 1))
+    off = [((t - truth).norm() / truth.norm()).item() for t in (total, gradient)]
+    print(f"{name}: sum of J off by {off[0]:.0e}, gradient by {off[1]:.0e}")
+    print(f"{name}: allclose says {torch.allclose(total, gradient)}")
+    assert max(off) < 1e-2
+
+# %%
 # Autocast and norm layers
 # ------------------------
 # ``expected scalar type Half but found Float``, or ``BFloat16``: on a CPU this comes
@@ -485,25 +504,6 @@ print(
 )
 print(f"{masks[1]} with one for each output")
 assert masks[0] == 1 < masks[1]
-
-# %%
-# Order of sums
-# -------------
-# In ``float32`` the sum of ``J`` over samples and outputs and the gradient of the sum
-# of ``fs`` differ, although both are right: they add the same numbers in another order.
-# The bias of a convolution is a sum over all samples and pixels. A tolerance that fits
-# ``J`` can call its gradient wrong.
-
-model, X = conv_net(3, 12, 16), torch.rand(12, 3, 32, 32)
-J, exact = vmap_jacrev(model, X), copy.deepcopy(model).double()
-gradients = autograd.grad(model(X).sum(), (model[0].bias, model[2].bias))
-truths = autograd.grad(exact(X.double()).sum(), (exact[0].bias, exact[2].bias))
-for name, gradient, truth in zip(("0.bias", "2.bias"), gradients, truths):
-    total = J[name].sum((0, 1))
-    off = [((t - truth).norm() / truth.norm()).item() for t in (total, gradient)]
-    print(f"{name}: sum of J off by {off[0]:.0e}, gradient by {off[1]:.0e}")
-    print(f"{name}: allclose says {torch.allclose(total, gradient)}")
-    assert max(off) < 1e-2
 torch.set_num_threads(threads)
 
 # %%
