@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)  # more threads only disturb networks this small
 _ = torch.manual_seed(0)
 
 # %%
@@ -67,7 +68,6 @@ for head, blocks in J.items():
 KINDS = {
     "vector": "N C",
     "second head": "N B",
-    "number": "N",
     "tokens": "N T V",
     "label's logit": "N T",
     "with a mask": "N T E",
@@ -101,16 +101,17 @@ plt.show()
 # The check: one backward pass for each number
 # --------------------------------------------
 # The reference knows nothing of ``torch.func``. It takes the outputs of the whole batch
-# and one backward pass for each number in them. ``materialize_grads=True`` makes zeros
-# where a head does not use a parameter, as ``jacrev`` does. Without it, autograd
-# raises.
+# and one backward pass for each number in them.
 
 
 def loop(fs, params):
     """Return ``{name: [*fs.shape, *p.shape]}`` from one pass for each number."""
     options = {"retain_graph": True, "materialize_grads": True}  # zeros if unused
     places = product(*map(range, fs.shape))
-    rows = [autograd.grad(fs[place], params.values(), **options) for place in places]
+    one = torch.ones_like(fs[(0,) * fs.ndim])  # autograd wants it if fs is complex
+    rows = [
+        autograd.grad(fs[place], params.values(), one, **options) for place in places
+    ]
     blocks = [torch.stack(block).unflatten(0, fs.shape) for block in zip(*rows)]
     return dict(zip(params, blocks))
 
@@ -124,6 +125,16 @@ def check(kind, J, fs, model):
     print(f"{kind} {list(fs.shape)}: right, {fs.numel()} rows in {size:.1f} kB.")
 
 
+fs = heads(X)
+check("vector", J["mean"], fs["mean"], heads)
+check("second head", J["boxes"], fs["boxes"], heads)
+
+# %%
+# Where something fails, the page prints the error that it catches.
+
+# fold: How errors are printed
+
+
 def show_error(kind, function, *args, **options):
     """Print the error that a call raises, or fail if it raises none of this kind."""
     try:
@@ -134,11 +145,12 @@ def show_error(kind, function, *args, **options):
     raise LookupError(f"no {kind.__name__} any more: correct this section")
 
 
-fs = heads(X)
-check("vector", J["mean"], fs["mean"], heads)
-check("second head", J["boxes"], fs["boxes"], heads)
+# %%
+# A head has zeros for parameters that it does not use. ``jacrev`` makes them, and
+# autograd with ``materialize_grads=True``. Without that, it raises.
+
 assert not J["mean"]["boxes.weight"].any() and not J["boxes"]["mean.weight"].any()
-print("A head has zeros for the parameters of the other.")
+print("Zeros for the parameters of the other head.")
 show_error(RuntimeError, autograd.grad, fs["mean"][0, 0], heads.boxes.weight)
 
 # %%
@@ -212,14 +224,14 @@ def with_copies(copies, x, label):
 
 
 copies = {k: p.expand(T, *p.shape) for k, p in detached_params(layer).items()}
-for tagger[2] in nn.Identity(), attention:
+for mixing in nn.Identity(), attention:
+    tagger[2] = mixing
     shares = vmap(jacrev(with_copies), (None, 0, 0))(copies, words, labels)["weight"]
     h = layer(tagger[0](words))
     delta = loop(tagger[2:](h).gather(2, labels[..., None])[..., 0], {"h": h})["h"]
-    outer = torch.einsum("ntnsh,nse->ntshe", delta, tagger[0](words))
-    assert_close(shares, outer)
+    assert_close(shares, torch.einsum("ntnsh,nse->ntshe", delta, tagger[0](words)))
     others = shares[:, ~torch.eye(T, dtype=torch.bool)].norm() / shares.norm()
-    print(f"{type(tagger[2]).__name__}: shares of other positions {others:.1%}")
+    print(f"{type(mixing).__name__}: shares of other positions {others:.1%}")
 assert_close(shares.sum(2), J["1.weight"])
 assert not torch.allclose(shares.sum(1), J["1.weight"])
 print("With attention the shares sum to the row of each output, not of each position.")
@@ -248,24 +260,14 @@ P = sum(p.numel() for p in real.parameters())
 print(f"N = 8, C = 21, 512 x 512, P = {P}: {8 * 21 * 512**2 * P * 4 / 1e12:.0f} TB")
 
 # %%
-# What you compute from all rows does not need all rows at once. Chunks: one line of
-# pixels after the other, reduced to norms. Products: ``u`` times the Jacobian is one
-# backward pass. ``scale/jacobians_without_memory.py`` has both for any model.
+# What you compute from all rows does not need them. A weighted sum with weights ``u``
+# is one backward pass. ``scale/jacobians_without_memory.py`` has products from both
+# sides, and chunks, for any model.
 
-
-def line(params, x, row):  # [C, W] of one sample
-    return functional_call(segment, params, x[None])[0][:, row]
-
-
-params, squares = detached_params(segment), torch.zeros(N, C, H, W)
-for row in range(H):
-    chunk = vmap(jacrev(line), (None, 0, None))(params, images, row)
-    squares[:, :, row] = sum(b.square().flatten(3).sum(3) for b in chunk.values())
-assert_close(squares, sum(b.square().flatten(4).sum(4) for b in J.values()))
 u = torch.rand(N, C, H, W)
 products = autograd.grad(segment(images), segment.parameters(), u)
-assert_close(products, tuple(torch.tensordot(u, b, 4) for b in J.values()))
-print(f"{H} chunks give the norms of {u.numel()} rows, and one pass gives u J.")
+assert_close(products, tuple(torch.tensordot(u, block, 4) for block in J.values()))
+print(f"One pass gives the weighted sum of {u.numel()} rows.")
 
 # %%
 # Several inputs, keyword arguments, masks
@@ -335,66 +337,40 @@ check("vector", whole, trimmed(tokens, padding), trimmed)
 assert_close({k: torch.stack([J[k] for J in alone]) for k in params}, whole)
 
 
-def in_plain_operations(params, x, padding):
-    return functional_call(plain, params, (x, padding))
-
-
 plain = Pooled(E, C)
-J = vmap(jacrev(in_plain_operations), (None, 0, 0))(params, tokens, padding)
+f = jacrev(lambda params, *x: functional_call(plain, params, x))
+J = vmap(f, (None, 0, 0))(params, tokens, padding)
 assert_close(J, whole)
 print("Sample by sample, and in plain operations under vmap: the same.")
 
 # %%
-# Energies and forces
-# -------------------
+# Energies, forces, differential equations
+# ----------------------------------------
 # A model that differentiates by its inputs itself calls ``requires_grad_()`` and
 # ``autograd.grad``. No transform of ``torch.func`` can look into them. Write the inner
 # derivative with ``grad``. Outside of transforms ``autograd.grad`` with
-# ``create_graph=True`` works: the loop uses it.
-
-layers = nn.Linear(A * D, 7), nn.Tanh(), nn.Linear(7, 1)
-energy, places = nn.Sequential(nn.Flatten(), *layers), torch.rand(N, A, D)
+# ``create_graph=True`` works: the reference is made so. The residual of a differential
+# equation is written in the same way, in ``use/levenberg_marquardt.py``.
 
 
-class Forces(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.energy = energy
-
+class Forces(nn.Sequential):
     def forward(self, x):
         x = x.requires_grad_()
-        return -autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+        energy = super().forward(x).sum()
+        return -autograd.grad(energy, x, create_graph=True)[0]
+
+
+layers = nn.Flatten(), nn.Linear(A * D, 7), nn.Tanh(), nn.Linear(7, 1)
+energy, forces, places = nn.Sequential(*layers), Forces(*layers), torch.rand(N, A, D)
 
 
 def force(params, x):  # [A, D] of one sample
     return -grad(lambda x: functional_call(energy, params, x[None]).sum())(x)
 
 
-show_error(RuntimeError, vmap_jacrev, Forces(), places)
+show_error(RuntimeError, vmap_jacrev, forces, places)
 J = vmap(jacrev(force), (None, 0))(detached_params(energy), places)
-check("forces", J, Forces()(places), energy)
-
-# %%
-# The residual of a differential equation, as in physics-informed networks, is one
-# number for each point. Here it is :math:`u'' + u`. ``use/levenberg_marquardt.py``
-# trains with its Jacobian.
-
-layers = nn.Linear(1, 7), nn.Tanh(), nn.Linear(7, 1)
-solution, points = nn.Sequential(*layers), torch.rand(N)
-
-
-def residual(params, x):  # a number for one point
-    def value(x):
-        return functional_call(solution, params, x[None])[0]
-
-    return grad(grad(value))(x) + value(x)
-
-
-J = vmap(jacrev(residual), (None, 0))(detached_params(solution), points)
-leaf = points[:, None].clone().requires_grad_()
-(first,) = autograd.grad(solution(leaf).sum(), leaf, create_graph=True)
-(second,) = autograd.grad(first.sum(), leaf, create_graph=True)
-check("number", J, (second + solution(leaf))[:, 0], solution)
+check("forces", J, forces(places), forces)
 
 # %%
 # Adapters on a frozen model
@@ -416,15 +392,15 @@ class Adapted(nn.Module):
 
 
 adapted = nn.Sequential(Adapted(nn.Linear(30, 20), 2), nn.Tanh(), nn.Linear(20, C))
-_ = adapted.eval()[2].requires_grad_(False)
+_ = adapted.eval()
+_ = adapted[2].requires_grad_(False)
 _ = nn.init.zeros_(adapted[0].up.weight)
 features = torch.rand(N, 30)
 J = vmap_jacrev(adapted, features)
 check("vector", J, adapted(features), adapted)
 assert not J["0.down.weight"].any() and J["0.up.weight"].any()
-trained = sum(p.numel() for p in detached_params(adapted).values())
 P = sum(p.numel() for p in adapted.parameters())
-print(f"{', '.join(J)}: {trained} of {P} parameters. Bytes: {trained / P:.0%} of all.")
+print(f"Blocks: {', '.join(J)}. All parameters: {N * C * P * 8 / 1e3:.1f} kB.")
 
 # %%
 # In training mode, dropout raises under ``vmap``. ``randomness="same"`` draws one mask
@@ -557,7 +533,7 @@ check("vector", J, watched(X), watched)
 # blocks satisfy the equations of Cauchy and Riemann, and one complex number holds each:
 # the derivative. Autograd returns its conjugate.
 
-weight = torch.randn(5, C, dtype=torch.cdouble, requires_grad=True)
+weight = torch.randn(5, C, dtype=torch.cdouble)
 
 
 def holomorphic(weight, x):  # [C], complex
@@ -568,21 +544,17 @@ def in_real_numbers(weight, x):  # [C, 2]
     return torch.view_as_real(holomorphic(torch.view_as_complex(weight), x))
 
 
-show_error(RuntimeError, vmap(jacrev(holomorphic), (None, 0)), weight.detach(), X)
-parts = torch.view_as_real(weight.detach())
+show_error(RuntimeError, vmap(jacrev(holomorphic), (None, 0)), weight, X)
+parts = torch.view_as_real(weight)
 J = vmap(jacrev(in_real_numbers), (None, 0))(parts, X)  # [N, C, 2, 5, C, 2]
 leaf = parts.clone().requires_grad_()
-z = holomorphic(torch.view_as_complex(leaf), X)
-assert_close(J, loop(torch.view_as_real(z), {"weight": leaf})["weight"])
-(by_real, by_imag), (imag_by_real, imag_by_imag) = (
-    row.unbind(-1) for row in J.unbind(2)
-)
-assert_close((by_real, by_imag), (imag_by_imag, -imag_by_real))
-derivative = torch.complex(by_real, imag_by_real)  # [N, C, 5, C]
-E_nc = torch.eye(N * C, dtype=z.dtype).unflatten(1, (N, C))
-(rows,) = autograd.grad(holomorphic(weight, X), weight, E_nc, is_grads_batched=True)
-assert_close(rows.unflatten(0, (N, C)), derivative.conj())
-assert_close(derivative, torch.einsum("nc,nd,ck->ncdk", z, X.to(z), torch.eye(C) + 0j))
+assert_close(J, loop(in_real_numbers(leaf, X), {"weight": leaf})["weight"])
+assert_close(J[:, :, 0, ..., 0], J[:, :, 1, ..., 1])
+assert_close(J[:, :, 1, ..., 0], -J[:, :, 0, ..., 1])
+derivative = torch.complex(J[:, :, 0, ..., 0], J[:, :, 1, ..., 0])  # [N, C, 5, C]
+leaf = weight.clone().requires_grad_()
+by_autograd = loop(holomorphic(leaf, X), {"weight": leaf})["weight"]
+assert_close(by_autograd, derivative.conj())
 print(f"{list(J.shape)}: Cauchy-Riemann holds, and autograd returns the conjugate.")
 
 # %%
