@@ -63,7 +63,8 @@ for head, blocks in J.items():
 # %%
 # Kinds of outputs, and the shape of the Jacobian
 # -----------------------------------------------
-# One box is one axis. The axes of the outputs come first, then those of the parameter.
+# One box is one axis. First come the axes of the outputs, then those of the parameter.
+# The page holds each kind below to its line in this table.
 
 KINDS = {
     "vector": "N C",
@@ -83,17 +84,18 @@ KINDS = {
 # directions in space, ``M``: models.
 
 # fold: How the picture is drawn
-fig, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+fig, ax = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+colors = {"N": "#0072b2", "M": "#009e73", "*p.shape": "0.85"}
 for y, (kind, axes) in enumerate(KINDS.items()):
-    ax.text(-0.2, y, kind, ha="right", va="center", fontsize=12)
+    ax.text(-0.2, y, kind, ha="right", va="center", fontsize=16)
     for x, axis in enumerate([*axes.split(), "*p.shape"]):
-        color = {"N": "#0072b2", "*p.shape": "0.85"}.get(axis, "#e69f00")
-        width = 1.8 if axis == "*p.shape" else 0.9
-        ax.add_patch(plt.Rectangle((x, y - 0.4), width, 0.8, color=color))
-        options = {"ha": "center", "va": "center", "fontsize": 12}
+        width = 2 if axis == "*p.shape" else 0.9
+        color = colors.get(axis, "#e69f00")
+        ax.add_patch(plt.Rectangle((x, y - 0.42), width, 0.84, color=color))
+        options = {"ha": "center", "va": "center", "fontsize": 16}
         ax.text(x + width / 2, y, axis, color="w" if axis == "N" else "k", **options)
-ax.set(xlim=(-2.6, 6), ylim=(len(KINDS) - 0.4, -0.6))
-ax.set_title("Kinds of outputs: axes of the Jacobian")
+ax.set(xlim=(-3.1, 6.1), ylim=(len(KINDS) - 0.5, -0.5))
+ax.set_title("Kinds of outputs: axes of the Jacobian", fontsize=16)
 ax.set_axis_off()
 plt.show()
 
@@ -101,17 +103,15 @@ plt.show()
 # The check: one backward pass for each number
 # --------------------------------------------
 # The reference knows nothing of ``torch.func``. It takes the outputs of the whole batch
-# and one backward pass for each number in them.
+# and one backward pass for each number in them. Each further kind is checked so.
 
 
 def loop(fs, params):
     """Return ``{name: [*fs.shape, *p.shape]}`` from one pass for each number."""
     options = {"retain_graph": True, "materialize_grads": True}  # zeros if unused
+    options["grad_outputs"] = fs.new_ones(())  # autograd wants it if fs is complex
     places = product(*map(range, fs.shape))
-    one = torch.ones_like(fs[(0,) * fs.ndim])  # autograd wants it if fs is complex
-    rows = [
-        autograd.grad(fs[place], params.values(), one, **options) for place in places
-    ]
+    rows = [autograd.grad(fs[place], params.values(), **options) for place in places]
     blocks = [torch.stack(block).unflatten(0, fs.shape) for block in zip(*rows)]
     return dict(zip(params, blocks))
 
@@ -231,6 +231,7 @@ for mixing in nn.Identity(), attention:
     delta = loop(tagger[2:](h).gather(2, labels[..., None])[..., 0], {"h": h})["h"]
     assert_close(shares, torch.einsum("ntnsh,nse->ntshe", delta, tagger[0](words)))
     others = shares[:, ~torch.eye(T, dtype=torch.bool)].norm() / shares.norm()
+    assert (others > 0) == (mixing is attention)
     print(f"{type(mixing).__name__}: shares of other positions {others:.1%}")
 assert_close(shares.sum(2), J["1.weight"])
 assert not torch.allclose(shares.sum(1), J["1.weight"])
@@ -375,8 +376,8 @@ check("forces", J, forces(places), forces)
 # %%
 # Adapters on a frozen model
 # --------------------------
-# Only what requires a gradient has a block. Count it before you compute. ``up`` starts
-# at zero in low-rank adapters (LoRA), and so do all rows of ``down``.
+# Only what requires a gradient has a block. Low-rank adapters (LoRA) start with zeros
+# in ``up``: then all rows of ``down`` are zero, too. Take their Jacobian after training.
 
 
 class Adapted(nn.Module):
@@ -452,10 +453,10 @@ show_error(ValueError, functional_call, tied_words, both, few_words)
 # A layer with two names
 # ----------------------
 # A *module* in two places is another case. ``functional_call`` replaces its parameters
-# twice and may put back the wrong ones: the Jacobian is right, and the model is broken
-# (`pytorch#164759 <https://github.com/pytorch/pytorch/issues/164759>`_). With
-# ``tie_weights=False`` each is replaced once. That is right as long as no other module
-# holds the same parameter.
+# twice and may put back the wrong ones (`pytorch#164759
+# <https://github.com/pytorch/pytorch/issues/164759>`_): the Jacobian is right, but then
+# the model holds other tensors than your optimizer. With ``tie_weights=False`` each is
+# replaced once. That is right as long as no other module holds the same parameter.
 
 
 def twice_outputs(params, x):
@@ -468,7 +469,7 @@ weight = shared.weight
 J = vmap(jacrev(twice_outputs), (None, 0))(detached_params(twice), X)
 check("vector", J, twice(X), twice)
 assert shared.weight is weight
-_ = vmap_jacrev(twice, X)
+assert_close(vmap_jacrev(twice, X), J)
 print(f"After the plain recipe the weight is still itself: {shared.weight is weight}")
 
 # %%
@@ -476,8 +477,8 @@ print(f"After the plain recipe the weight is still itself: {shared.weight is wei
 # --------------------------------
 # ActNorm sets its parameters from the first batch that it sees, and some masked layers
 # set theirs in each call, through ``.data``. Let the first call happen before you
-# differentiate. Where each call writes, apply the mask to a new tensor instead, as in
-# ``F.linear(x, weight * mask)``, or go back to the loop, which takes ``.data``.
+# differentiate. Where each call writes, take autograd sample by sample, as
+# ``scale/universal_jacobian.py`` does: it lets ``.data`` pass, as the loop does here.
 
 
 class ActNorm(nn.Linear):
@@ -492,8 +493,8 @@ class ActNorm(nn.Linear):
 
 act_norm = ActNorm(5, C)
 show_error(RuntimeError, vmap_jacrev, act_norm, X)
-_ = act_norm(X)
-check("vector", vmap_jacrev(act_norm, X), act_norm(X), act_norm)
+fs = act_norm(X)  # sets the bias
+check("vector", vmap_jacrev(act_norm, X), fs, act_norm)
 
 # %%
 # A buffer that is updated in place raises, too. Pass the buffers, one copy for each
@@ -503,10 +504,6 @@ check("vector", vmap_jacrev(act_norm, X), act_norm(X), act_norm)
 
 
 class Watched(nn.Linear):
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.register_buffer("largest", torch.tensor(0.0))
-
     def forward(self, x):
         self.largest.copy_(torch.maximum(self.largest, x.detach().max()))
         return super().forward(x)
@@ -518,6 +515,7 @@ def with_buffers(params, buffers, x):
 
 
 watched = Watched(5, C)
+watched.register_buffer("largest", torch.tensor(0.0))
 show_error(RuntimeError, vmap_jacrev, watched, X)
 buffers = {name: b.expand(N, *b.shape) for name, b in watched.named_buffers()}
 J = vmap(jacrev(with_buffers), (None, 0, 0))(detached_params(watched), buffers, X)
