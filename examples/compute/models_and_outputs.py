@@ -377,7 +377,7 @@ check("forces", J, forces(places), forces)
 # Adapters on a frozen model
 # --------------------------
 # Only what requires a gradient has a block. Low-rank adapters (LoRA) start with zeros
-# in ``up``: then all rows of ``down`` are zero, too. Take their Jacobian after training.
+# in ``up``: then all rows of ``down`` are zero, too. They move with training.
 
 
 class Adapted(nn.Module):
@@ -486,7 +486,7 @@ class ActNorm(nn.Linear):
 
     def forward(self, x):
         if not self.ready:
-            self.bias.data = -super().forward(x).mean(0)
+            self.bias.data = self.bias - super().forward(x).mean(0)
             self.ready = True
         return super().forward(x)
 
