@@ -183,10 +183,10 @@ print(f"A tuple gives {list(lost.shape)}: the axis of length 1 is x[None].")
 # %%
 # One logit per token
 # -------------------
-# A language model returns ``[N, T, V]``. A loss needs the logit of the label only:
-# pick it before you differentiate, and the Jacobian has ``[N, T]`` rows. Row ``t`` is
-# the gradient of the output at position ``t``. ``trust/sequence_models.py`` has
-# recurrent models and the transformer.
+# A language model returns ``[N, T, V]``. If one number per token is enough, such as the
+# logit of the label, pick it before you differentiate: then the Jacobian has ``[N, T]``
+# rows. Row ``t`` is the gradient of the output at position ``t``.
+# ``trust/sequence_models.py`` has recurrent models and the transformer.
 
 
 class PlainAttention(nn.Module):
@@ -328,9 +328,10 @@ show_error(RuntimeError, vmap(lambda padding: padding.sum().item()), padding)
 show_error(RuntimeError, vmap(lambda x, padding: x[~padding]), tokens, padding)
 
 # %%
-# Three ways out: ``jacrev`` over the whole batch, which does ``N`` times the work. One
-# sample after the other, stacked. Or a forward pass in plain operations, with a weight
-# 0 for what is masked: ``Pooled`` has the parameters of ``Trimmed``.
+# Three ways out: ``jacrev`` over the whole batch, which does ``N`` times the work (see
+# ``compute/torch_func_jacobians.py``). One sample after the other, stacked. Or a
+# forward pass in plain operations, with a weight 0 for what is masked: ``Pooled`` has
+# the parameters of ``Trimmed``.
 
 whole = jacrev(lambda p: functional_call(trimmed, p, (tokens, padding)))(params)
 alone = [jacrev(pooled)(params, *sample) for sample in zip(tokens, padding)]
@@ -544,6 +545,8 @@ def in_real_numbers(weight, x):  # [C, 2]
 
 show_error(RuntimeError, vmap(jacrev(holomorphic), (None, 0)), weight, X)
 parts = torch.view_as_real(weight)
+complex_outputs = jacrev(lambda w, x: holomorphic(torch.view_as_complex(w), x))
+show_error(RuntimeError, vmap(complex_outputs, (None, 0)), parts, X)
 J = vmap(jacrev(in_real_numbers), (None, 0))(parts, X)  # [N, C, 2, 5, C, 2]
 leaf = parts.clone().requires_grad_()
 assert_close(J, loop(in_real_numbers(leaf, X), {"weight": leaf})["weight"])
