@@ -232,7 +232,8 @@ for title, middle in cases.items():
 #   to the end: ``trust/layer_support.py`` lists them, and ``trust/silent_failures.py``
 #   says where nothing warns you, such as circular padding and hooks. ``BatchGrad``
 #   holds one output at a time; ``SqrtGGNExact`` needs one pass and more rules.
-# - The autograd loop is the definition. Compare with it, on a handful of samples.
+# - The autograd loop is the definition. Compare with it, on a handful of samples; at
+#   any size, ``trust/check_a_jacobian.py`` compares with a few backward passes.
 #
 # Next: ``compute/torch_func_jacobians.py``, the same with PyTorch alone. The
 # alternative: ``compute/choosing_a_method.py`` measures all methods on the same work.

@@ -308,7 +308,7 @@ def bad_inputs():
     text = r"block of bias must be .*\[4, 2, 2\].*, but is .*\[4, 2\]"
     yield "ndim", model, X, J | {"bias": torch.zeros(4, 2)}, text
     yield "dtype", model, X, J | {"bias": J["bias"].double()}, "bias .*float64"
-    yield "device", model, X, J | {"bias": J["bias"].to("meta")}, "bias .*'meta'"
+    yield "device", model, X, J | {"bias": J["bias"].to("meta")}, "bias .*meta"
     yield "no X", model, X.tolist(), J, r"X must be a tensor \[N, ...\].*, but is list"
     yield "a number", model, X[0, 0], J, r"X must be a tensor .* but is \[\]"
     yield "no samples", model, X[:0], J, r"with N > 0, but is \[0, 3\]"

@@ -170,6 +170,29 @@ def test_structure_serves_wide_layers(names):
     assert not dense[0] and set(dense[1]) == set(dict(model.named_parameters()))
 
 
+class Mean(nn.Module):
+    """Linear layers for each position, and the mean over positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(15, 20), nn.Linear(20, 6)
+
+    def forward(self, X):
+        return self.last(torch.tanh(self.first(X)).mean(1))
+
+
+def test_sets_with_other_numbers_of_positions(names):
+    model, X, Z = Mean(), torch.rand(N, 4, 15), torch.rand(M, 3, 15)
+    assert names["jacobian_factors"](model, X)[0].keys() == {
+        ("first.weight", "first.bias"),
+        ("last.weight", "last.bias"),
+    }
+    J, J_Z = rows(names, model, X), rows(names, model, Z)
+    assert_close(names["ntk"](model, X, Z), inner(J, J_Z))
+    assert_close(names["ntk"](model, Z, X), inner(J_Z, J))
+    assert_close(names["ntk"](model, X), inner(J, J))
+
+
 @pytest.mark.parametrize("samples", [1, 2, 7])
 def test_tiles_make_up_the_kernel(samples, names):
     model, X = (

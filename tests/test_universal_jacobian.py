@@ -46,7 +46,7 @@ def jacobian(names):
 @pytest.fixture(params=["large", "small"])
 def size(request, names, monkeypatch):
     """Take outer products for tiny layers, too, or for none of these tiny models."""
-    monkeypatch.setitem(names, "LARGE", 0 if request.param == "large" else 2**16)
+    monkeypatch.setitem(names, "LARGE", 0 if request.param == "large" else 2**17)
     return request.param
 
 
@@ -418,8 +418,14 @@ def test_random_models_draw_as_the_model_does(jacobian):
     assert_close(dict(J), expected)
 
 
+def test_data_parallel_raises(jacobian):
+    model, X = nn.DataParallel(mlp(4, 5, 3)), torch.rand(6, 4)
+    with pytest.raises(ValueError, match=r"pass the model inside, model\.module"):
+        jacobian(model, X)
+    assert jacobian(model.module, X)
+
+
 WRAPPERS = {
-    "DataParallel": lambda model, X: nn.DataParallel(model),
     "trace": torch.jit.trace,
     "script": lambda model, X: torch.jit.script(model),
 }

@@ -93,11 +93,13 @@ def pooled_cnn(width, C):
 
 # fold: How sums are compared, and how the model stays as it is
 
-LIMIT = 10  # roundings: a right Jacobian is off by one or two
+LIMIT = 10  # roundings: a right Jacobian is off by fewer
 
 
 def trainable(model):
     """Return the parameters that require a gradient, by name."""
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("pass the model inside, model.module")
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError("no parameter of the model requires a gradient")

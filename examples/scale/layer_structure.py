@@ -337,5 +337,4 @@ plt.show()
 # - One random sum checks a Jacobian, at the price of a backward pass.
 #
 # Next: ``scale/universal_jacobian.py`` builds this into a function for any model. The
-# alternative: ``scale/jacobians_without_memory.py`` keeps the factors and never writes
-# J.
+# alternative: ``scale/neural_tangent_kernel.py`` keeps the factors and never writes J.

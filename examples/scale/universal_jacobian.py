@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 # fold: batched_jacobian, to copy or to download (about 250 lines)
 METHODS = "linear layers", "vmap(jacrev)", "sample by sample", "definition"
-LARGE = 2**16  # N * weight.numel() of a layer for which an outer product pays
-LIMIT = 10  # roundings: a right Jacobian is off by one or two
+LARGE = 2**17  # N * weight.numel() of a layer for which an outer product pays
+LIMIT = 10  # roundings: a right Jacobian is off by fewer
 
 
 class Jacobian(dict):
@@ -93,6 +93,8 @@ def batched_jacobian(model, X, *, out=None, method=None):
 
 def trainable(model):
     """Return the parameters that require a gradient, by name."""
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("pass the model inside, model.module")
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError("no parameter of the model requires a gradient")
@@ -134,7 +136,8 @@ def linear_layers(model, N):
     others = [m for m in model.modules() if type(m) is not nn.Linear]
     taken = {p for m in others for p in m.parameters(recurse=False)}
     layers = [m for m in layers if taken.isdisjoint(m.parameters())]
-    return [m for m in layers if N * m.weight.numel() >= LARGE]
+    large = [m for m in layers if N * m.weight.numel() >= LARGE]
+    return [m for m in large if m.weight.requires_grad]
 
 
 def outputs(model, leaves, X):
@@ -159,9 +162,10 @@ def check_blocks(blocks, fs, params):
         got = list(blocks)
         raise ValueError(f"a Jacobian has the names {list(params)}, but this has {got}")
     for name, p in params.items():
-        wanted = fs.shape + p.shape, p.dtype, p.device
-        got = blocks[name].shape, blocks[name].dtype, blocks[name].device
-        if got != wanted:
+        block, shape = blocks[name], fs.shape + p.shape
+        if (block.shape, block.dtype, block.device) != (shape, p.dtype, p.device):
+            wanted = f"{list(shape)}, {p.dtype}, {p.device}"
+            got = f"{list(block.shape)}, {block.dtype}, {block.device}"
             raise ValueError(f"the block of {name} must be {wanted}, but is {got}")
 
 
@@ -201,7 +205,7 @@ def from_vmap(model, leaves, names, X, layers):
     zeros = [zero for _, zero in calls]
     (blocks, deltas), inputs = f_jacobian(rest, zeros, X.detach())
     for (layer, _), delta, a in zip(calls, deltas, inputs):
-        delta, a = delta.flatten(2), a.flatten(1).conj()
+        delta, a = delta.flatten(2), a.flatten(1)
         for p, factor in (layer.weight, a), (layer.bias, torch.ones_like(a[:, :1])):
             if p in owned:
                 pairs[owned[p]].append((delta, factor))
@@ -444,9 +448,10 @@ for case, (net, inputs) in cases.items():
 # products of two small arrays, so it computes these arrays instead, as
 # ``scale/layer_structure.py`` explains. Then, for random weights ``u`` of shape
 # ``[N, C]``, the sum of ``u * J`` has to be the gradient of ``(u * fs).sum()``, up to
-# the rounding that this gradient shows on this model. A parameter for which it is not
-# gets its block from the next method; the last one is the definition, and needs no
-# check. These are the methods, in the order in which they are tried:
+# the rounding that this gradient shows on this model: the check of
+# ``trust/check_a_jacobian.py``. A parameter for which it is not gets its block from the
+# next method; the last one is the definition, and needs no check. These are the
+# methods, in the order in which they are tried:
 
 print(*METHODS, sep="\n")
 

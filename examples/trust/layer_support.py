@@ -180,6 +180,8 @@ methods = {
 
 def trainable(model):
     """Return the parameters that require a gradient, by name."""
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("pass the model inside, model.module")
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError("no parameter of the model requires a gradient")
@@ -843,6 +845,7 @@ torch.set_num_threads(threads)
 # - ``functional.jacobian`` and ``is_grads_batched`` where it raises: slower, and right
 #   on almost every case.
 # - BackPACK where its rules fit, after ``verdicts`` has said so for your model.
+# - At sizes for which the loop is too slow, ``trust/check_a_jacobian.py``.
 #
 # Next: ``trust/silent_failures.py`` explains the wrong Jacobians. The alternative:
 # ``scale/universal_jacobian.py`` computes the Jacobian of a model for which no fast
