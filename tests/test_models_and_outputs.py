@@ -225,7 +225,7 @@ def test_complex_parameters(seed, names):
     weight, X = torch.randn(4, 3, dtype=torch.cdouble), torch.rand(N, 4)
     J = vmap(jacrev(names["in_real_numbers"]), (None, 0))(torch.view_as_real(weight), X)
     z = torch.exp(X.to(weight) @ weight)
-    derivative = torch.einsum("nc,nd,ck->ncdk", z, X.to(z), torch.eye(3).to(z))
+    derivative = torch.einsum("nc,ni,ck->ncik", z, X.to(z), torch.eye(3).to(z))
     for part, times in enumerate((1, 1j)):
         expected = torch.view_as_real(derivative * times).movedim(-1, 2)
         assert_close(J[..., part], expected)
