@@ -174,8 +174,8 @@ for title, make in (LARGE | FIELD).items():
         bound(f"{title}, checked / vmap(jacrev)", checked, most=1.5)
     if title in LARGE:
         others = "vmap(jacrev)", "SqrtGGNExact"
-        of_others = ratio(times, "out=", others)[1], ratio(times, "out=", "write")[1]
-        print("     out= / fastest other method: {}, / writing J: {}".format(*of_others))
+        print(f"     out= / fastest other method: {ratio(times, 'out=', others)[1]}")
+        print(f"     out= / writing J: {ratio(times, 'out=', 'write')[1]}")
         value = 1 / ratio(times, "method=, out=", others)[0]
         bound(f"{title}, fastest other method / method=, out=", value, least=2.5)
         value, _ = ratio(times, "method=, out=", "write")
