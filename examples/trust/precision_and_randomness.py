@@ -128,7 +128,7 @@ for name, (model, X) in models.items():
 
 # fold: The figure
 
-fig, axes = plt.subplots(1, 2, sharey=True, figsize=(7.5, 3.8), layout="constrained")
+fig, axes = plt.subplots(1, 2, sharey=True, figsize=(6, 3.9), layout="constrained")
 colors = {"float32": "#0072B2", "float16": "#E69F00", "bfloat16": "#D55E00"}
 for ax, name in zip(axes, errors):
     for precision, error in errors[name].items():
@@ -138,9 +138,11 @@ for ax, name in zip(axes, errors):
         ax.scatter(*zip(*weights.items()), color=color, label=precision, **style)
     for dtype, color in colors.items():
         ax.axhline(torch.finfo(getattr(torch, dtype)).eps, color=color, linewidth=0.8)
-    ax.set(yscale="log", title=f"{name}: error of J", xlabel="block of J")
+    ax.set(yscale="log", title=name, xlabel="block of J")
     ax.margins(x=0.2)
 axes[0].set_ylabel("relative error")
+worst = [max(errors["MLP"][k].values()) for k in ("float32", "bfloat16")]
+fig.suptitle(f"Error of J: {worst[0]:.0e}, and {worst[1]:.0e} in bfloat16")
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 plt.show()
 
