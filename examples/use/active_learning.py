@@ -239,20 +239,27 @@ ax.legend()
 plt.show()
 
 # %%
-# Cost, and when not to use it
-# ----------------------------
+# Cost
+# ----
 #
-# The rows hold ``N C P`` numbers, and one choice takes of the order of ``N C^2 P``
-# operations. The first inverse takes ``P^3``, which is why the last layer alone serves
-# well. With all parameters, keep the inner products of rows instead, ``[N C, N C]``:
-# ``use/training_predicted.py`` makes them, and ``scale/jacobians_without_memory.py``
-# makes them without a Jacobian. For thousands of classes, take the rows of the few most
-# probable ones.
+# - The rows hold ``N * C * P`` numbers, and one choice takes of the order of
+#   ``N * C ** 2 * P`` operations. The first inverse takes ``P ** 3``, which is why the
+#   last layer alone serves well.
+# - With all parameters, keep the inner products of rows instead, ``[N * C, N * C]``:
+#   ``ntk``, in a file that ``scale/neural_tangent_kernel.py`` offers, returns those of
+#   the Jacobian for most layers without it. ``batched_jacobian``, in a file that
+#   ``scale/universal_jacobian.py`` offers, goes in the place of ``vmap_jacrev``.
+# - For thousands of classes, take the rows of the few most probable ones.
 #
-# The margin costs one forward pass and no Jacobian. Where the numbers above do not set
-# the two apart, take the margin. Choose the first labels so that they hold every class:
-# the network's probabilities mean nothing for a class that it has not seen. Labels
-# chosen by the network are no fair sample either: test on images drawn at random.
+# When not to use it
+# ------------------
+#
+# - Where the numbers above do not set the two apart, take the margin: it costs one
+#   forward pass and no Jacobian.
+# - The first labels lack a class: the network's probabilities mean nothing for a class
+#   that it has not seen.
+# - You need a fair sample: labels chosen by the network are none. Test on images drawn
+#   at random.
 #
 # What to take home
 # -----------------
@@ -261,5 +268,5 @@ plt.show()
 # - Greedy choice by log determinant needs small matrices only, and avoids twins.
 # - It beats labels drawn at random. Try the margin too, which is cheaper.
 #
-# Next: ``use/training_predicted.py`` foretells what training makes of the labels. The
-# alternative: ``compute/torch_func_jacobians.py`` has more ways to the rows.
+# Next: ``scale/neural_tangent_kernel.py`` has inner products for larger networks. The
+# alternative: ``use/influence.py`` asks which labeled samples to leave out.

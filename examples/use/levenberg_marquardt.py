@@ -20,7 +20,6 @@ from torch.testing import assert_close
 from torch.utils.benchmark import Timer
 
 torch.set_default_dtype(torch.float64)
-threads = torch.get_num_threads()
 torch.set_num_threads(1)  # small models gain nothing from more
 _ = torch.manual_seed(0)
 
@@ -93,6 +92,20 @@ def damped_step(J, r, mu):
 
 
 # %%
+# A first try: five steps with a small constant damping. Nothing keeps the loss from a
+# rise.
+
+X, model = torch.linspace(0, 1, 66)[:, None], pinn(seed=0)
+params, losses = list(model.parameters()), [model(X).square().sum().item() / 2]
+for _ in range(5):
+    step = damped_step(flat_jacobian(model, X), model(X).detach().flatten(), mu=1e-6)
+    vector_to_parameters(parameters_to_vector(params).detach() + step, params)
+    losses.append(model(X).square().sum().item() / 2)
+print("loss:", ", ".join(f"{loss:.0e}" for loss in losses))
+
+# %%
+# Damping that adapts and refuses
+# -------------------------------
 # Small ``mu`` is a long step, and the linear model may not hold there. So compare the
 # loss before and after, on the same points. If it falls, keep the step and divide
 # ``mu`` by 5. If not, refuse the step and double ``mu``. A second try costs a solve and
@@ -130,7 +143,7 @@ def levenberg_marquardt(model, X, steps, mu=1.0, tries=30, log=lambda: None):
     return history, refused
 
 
-X, model, steps = torch.linspace(0, 1, 66)[:, None], pinn(seed=0), 30
+model, steps = pinn(seed=0), 30
 history, refused = levenberg_marquardt(model, X, steps)
 print(f"{len(history)} steps, {refused} tries refused, error {error(model):.0e}")
 low, high = min(history), max(history)
@@ -157,20 +170,6 @@ A, b = stacked.numpy(), right.numpy()
 fit = least_squares(lambda d: A @ d - b, torch.zeros(P), lambda d: A, method="lm")
 assert_close(step, torch.tensor(fit.x))
 print(f"A [{N}, {N}] system gives the step of lstsq and SciPy on [{N + P}, {P}].")
-
-# %%
-# Refusals
-# --------
-# With a small constant damping and no refusals, nothing keeps the loss from a rise.
-
-model = pinn(seed=0)
-params, losses = list(model.parameters()), [model(X).square().sum().item() / 2]
-for _ in range(5):
-    r = model(X).detach().flatten()
-    step = damped_step(flat_jacobian(model, X), r, 1e-6)
-    vector_to_parameters(parameters_to_vector(params).detach() + step, params)
-    losses.append(model(X).square().sum().item() / 2)
-print("loss:", ", ".join(f"{loss:.0e}" for loss in losses))
 
 # %%
 # Error against seconds
@@ -262,24 +261,25 @@ for N in 66, 264:
     step = Timer("damped_step(J, r, 0.1)", globals=globals()).timeit(5)
     times = f"Jacobian {jacobian.mean * 1e3:.0f} ms, step {step.mean * 1e3:.1f} ms"
     print(f"N = {N}: J has {J.numel() * 8 / 1e6:.1f} MB, {times}")
-torch.set_num_threads(threads)
 
 # %%
 # - If ``J`` does not fit, sum ``J @ J.T`` over blocks of parameters, or multiply with
 #   ``J`` and never store it: ``scale/jacobians_without_memory.py``.
-# - For wide layers, ``batched_jacobian`` from ``scale/universal_jacobian.py`` goes in
-#   the place of ``vmap_jacrev``, on this residual as well: same arguments, same result.
-# - With fewer parameters than residuals, solve in parameter space, or take SciPy.
+# - ``batched_jacobian``, a file that ``scale/universal_jacobian.py`` offers, goes in
+#   the place of ``vmap_jacrev``, on this residual as well: same arguments and result.
+#   Where the residuals are plain outputs of layers, ``scale/neural_tangent_kernel.py``
+#   has ``J @ J.T`` without ``J``.
+# - For a regression, let the model map ``X`` with the targets as last column to
+#   ``fs - Y``.
 #
-# Limits
-# ------
+# When not to use it
+# ------------------
 # - Mini-batches: a step is judged on the same residuals before and after. With new
 #   samples each time, take a first-order optimizer.
-# - ``J`` is of the residuals. The gradient of the loss is not enough.
-# - For a regression, let the model map ``X`` with the targets as last column to
-#   ``fs - Y``. For a softmax there is no sum of squares: weight the rows first.
-# - Where the error comes from the points or the network and not from the training,
-#   better steps do not help.
+# - Fewer parameters than residuals: solve in parameter space, or take SciPy.
+# - No sum of squares, as with a softmax: weight the rows first.
+# - The error comes from the points or the network and not from the training: better
+#   steps do not help.
 #
 # What to take home
 # -----------------
@@ -289,4 +289,4 @@ torch.set_num_threads(threads)
 # - One step costs more than one of Adam or L-BFGS: compare in seconds.
 #
 # Next: ``scale/universal_jacobian.py``, to compute ``J`` in less time. The alternative:
-# ``use/error_bars.py``, what the same Jacobian says after the training.
+# ``use/training_predicted.py``, what first-order steps would reach, without training.
