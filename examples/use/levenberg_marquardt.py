@@ -150,28 +150,6 @@ low, high = min(history), max(history)
 print(f"damping from {high:.0e} to {low:.0e}")
 
 # %%
-# Step in the space of samples
-# ----------------------------
-# The step minimizes the loss of the linear model plus ``mu / 2`` times the squared norm
-# of the step. In parameter space that is a ``[P, P]`` system, in sample space an
-# ``[N * C, N * C]`` one, with the neural tangent kernel (NTK) ``J @ J.T``. Two
-# references: ``lstsq`` on the stacked rows, and SciPy's own Levenberg-Marquardt, told
-# to minimize the same.
-
-model = Residual(nn.Sequential(nn.Linear(1, 30), nn.Tanh(), nn.Linear(30, 1)))
-J, r, mu = flat_jacobian(model, X), model(X).detach().flatten(), 0.01
-step = damped_step(J, r, mu)
-N, P = J.shape
-stacked = torch.cat([J, mu**0.5 * torch.eye(P)])
-right = torch.cat([-r, torch.zeros(P)])
-assert_close(step, torch.linalg.lstsq(stacked, right[:, None]).solution[:, 0])
-
-A, b = stacked.numpy(), right.numpy()
-fit = least_squares(lambda d: A @ d - b, torch.zeros(P), lambda d: A, method="lm")
-assert_close(step, torch.tensor(fit.x))
-print(f"A [{N}, {N}] system gives the step of lstsq and SciPy on [{N + P}, {P}].")
-
-# %%
 # Error against seconds
 # ---------------------
 # The others are what people take: Adam, and L-BFGS with a line search. They need only
@@ -246,6 +224,28 @@ ax.set_title(title)
 ax.set(xlabel="seconds", ylabel="relative error of the solution")
 ax.legend()
 plt.show()
+
+# %%
+# Step in the space of samples
+# ----------------------------
+# The step minimizes the loss of the linear model plus ``mu / 2`` times the squared norm
+# of the step. In parameter space that is a ``[P, P]`` system, in sample space an
+# ``[N * C, N * C]`` one, with the neural tangent kernel (NTK) ``J @ J.T``. Two
+# references: ``lstsq`` on the stacked rows, and SciPy's own Levenberg-Marquardt, told
+# to minimize the same.
+
+model = Residual(nn.Sequential(nn.Linear(1, 30), nn.Tanh(), nn.Linear(30, 1)))
+J, r, mu = flat_jacobian(model, X), model(X).detach().flatten(), 0.01
+step = damped_step(J, r, mu)
+N, P = J.shape
+stacked = torch.cat([J, mu**0.5 * torch.eye(P)])
+right = torch.cat([-r, torch.zeros(P)])
+assert_close(step, torch.linalg.lstsq(stacked, right[:, None]).solution[:, 0])
+
+A, b = stacked.numpy(), right.numpy()
+fit = least_squares(lambda d: A @ d - b, torch.zeros(P), lambda d: A, method="lm")
+assert_close(step, torch.tensor(fit.x))
+print(f"A [{N}, {N}] system gives the step of lstsq and SciPy on [{N + P}, {P}].")
 
 # %%
 # Cost
