@@ -138,3 +138,19 @@ def test_information_beats_random_labels_on_other_seeds(names):
     ]
     random, information = torch.tensor(pairs)
     assert information.mean() > random.mean()
+
+
+def test_the_universal_jacobian_takes_the_place_of_the_recipe(names, taught):
+    X, model = wine(7), network()
+    batched_jacobian = taught("scale/universal_jacobian")["batched_jacobian"]
+    assert_close(dict(batched_jacobian(model, X)), names["vmap_jacrev"](model, X))
+
+
+def test_ntk_holds_the_inner_products_of_the_rows(names, taught):
+    X, model = wine(7), network()
+    p = model(X).detach().softmax(1)
+    weigh = p.sqrt()[..., None] * (torch.eye(3) - p[:, None])  # [N, C, C]
+    K = taught("scale/neural_tangent_kernel")["ntk"](model, X)
+    products = torch.einsum("nab,nbmd,mcd->namc", weigh, K, weigh)
+    rows = names["fisher_rows"](model, X)
+    assert_close(products, torch.einsum("nap,mcp->namc", rows, rows))

@@ -149,15 +149,33 @@ def test_confidence_is_the_integral(page):
 def test_last_layer_needs_no_jacobian(page, N, D, C):
     torch.manual_seed(8)
     model, X = net(3, D, C), torch.randn(N, 3)
-    phi = page["last_inputs"](model, X)
+    phi, fs = page["last_inputs"](model, X), model(X).detach()
     for p in model[:-1].parameters():
         p.requires_grad_(False)
     J, _ = dense_jacobian(model, X)  # weight [C, D], then bias [C]
     J = torch.cat([J[..., :-C].unflatten(2, (C, D)), J[..., -C:, None]], 3).flatten(2)
-    s, B, A = torch.rand(C, D + 1) + 0.1, torch.randn(C, C), torch.randn(D + 1, D + 1)
+    y = torch.arange(N) % C
+    curvature = hessian(lambda fs: cross_entropy(fs, y, reduction="sum"), fs)
+    ggn = torch.einsum("ncp,ncmd,mdq->pq", J, curvature, J)
+    S = (ggn.diagonal() + 0.4).diag().inverse()
+    assert_close(page["diagonal_variance"](phi, fs, 0.4), (J @ S * J).sum(2))
+    B, A = torch.randn(C, C), torch.randn(D + 1, D + 1)
     B, A = B @ B.T, A @ A.T
-    diagonal = (J @ s.flatten().diag() * J).sum(2)
-    assert_close(page["diagonal_variance"](phi, s), diagonal)
     S = (torch.kron(B, A) + 0.4 * torch.eye(C * (D + 1))).inverse()
-    kronecker = (J @ S * J).sum(2)
-    assert_close(page["kronecker_variance"](phi, B, A, 0.4), kronecker)
+    assert_close(page["kronecker_variance"](phi, B, A, 0.4), (J @ S * J).sum(2))
+
+
+def test_the_universal_jacobian_takes_the_place_of_the_recipe(page, taught):
+    torch.manual_seed(9)
+    model, X = net(3, 5, 4), torch.randn(7, 3)
+    batched_jacobian = taught("scale/universal_jacobian")["batched_jacobian"]
+    J = page["vmap_jacrev"](model, X)
+    assert_close(dict(batched_jacobian(model, X)), J)
+    ntk = taught("scale/neural_tangent_kernel")["ntk"]
+    rows = torch.cat([block.flatten(2) for block in J.values()], 2).flatten(0, 1)
+    assert_close(ntk(model, X).flatten(0, 1).flatten(1), rows @ rows.T)
+
+
+def test_iris_is_less_sure_far_away(page):
+    near, far = page["near"], page["far"]  # Laplace's, the last of the two
+    assert 0.9 < near < 0.97 and far < 0.9

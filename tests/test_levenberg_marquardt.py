@@ -172,3 +172,11 @@ def test_the_universal_jacobian_takes_the_place_of_the_recipe(page, taught):
     model, X = page["pinn"](seed=10), torch.rand(7, 1)
     batched_jacobian = taught("scale/universal_jacobian")["batched_jacobian"]
     assert_close(dict(batched_jacobian(model, X)), page["vmap_jacrev"](model, X))
+
+
+def test_ntk_takes_the_place_of_the_product(page, taught):
+    torch.manual_seed(11)
+    X, model = torch.randn(9, 7).double(), Fit(6)
+    J = page["flat_jacobian"](model, X)
+    K = taught("scale/neural_tangent_kernel")["ntk"](model, X)
+    assert_close(K.flatten(0, 1).flatten(1), J @ J.T)

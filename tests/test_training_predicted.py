@@ -108,16 +108,22 @@ def test_nothing_is_learned_in_no_step_and_all_in_infinitely_many(names):
     assert_close(change, torch.stack([torch.zeros(4, 3), error]))
 
 
-def test_bad_input_raises(names):
+def test_long_steps_raise(names):
     X, targets, Z = iris()
     K, K_test = kernels(names, network(), X, Z)
-    predict, lr = names["predicted_change"], names["longest_step"](K)
-    with pytest.raises(ValueError, match=r"\[11, 3, 14\], \[14\]\], not \[N, C"):
-        predict(K, K_test[:, :, :, 0], targets[:, 0], lr, [1])
-    with pytest.raises(ValueError, match=r"K_test and error have shapes"):
-        predict(K, K, targets[:5], lr, [1])
-    with pytest.raises(ValueError, match="is not between 0 and"):
-        predict(K, K_test, targets, 1.2 * lr, [1])
+    lr = names["longest_step"](K)
+    for bad in 1.2 * lr, 0, -lr:
+        with pytest.raises(ValueError, match="is not between 0 and"):
+            names["predicted_change"](K, K_test, targets, bad, [1])
+
+
+def test_ntk_takes_the_place_of_the_kernel_from_jacobians(names, taught):
+    X, _, Z = iris()
+    model = network()
+    K, K_test = kernels(names, model, X, Z)
+    ntk = taught("scale/neural_tangent_kernel")["ntk"]
+    assert_close(ntk(model, X), K)
+    assert_close(ntk(model, Z, X), K_test)
 
 
 def test_arc_cosine_ntk_is_the_mean_over_directions(names):
@@ -163,3 +169,11 @@ def test_eigenvectors_below_rounding_raise(names):
     names["gauss_newton_eigenvectors"](model, X, K, 15)
     with pytest.raises(ValueError, match="k = 16, but only 15 eigenvalues"):
         names["gauss_newton_eigenvectors"](model, X, K, 16)
+
+
+def test_page_shows_what_it_claims(names):
+    errors, linear, same = names["results"].mean(1).T
+    assert (errors[1:] < errors[:-1]).all() and (same[1:] >= same[:-1]).all()
+    assert errors[-1] < linear[-1]
+    double, kernel, single, single_kernel = names["ranks"]
+    assert double == kernel > single_kernel

@@ -144,26 +144,6 @@ seen = rows[known + chosen].flatten(0, 1)
 assert_close(inverse, torch.linalg.inv(torch.eye(P) + seen.T @ seen))
 
 # %%
-# Brute force: on 12 samples, each step tries every sample with the full determinant,
-# and a search through all sets of three says what greed costs. Theory promises at least
-# :math:`1 - 1/e`, 63 %, of the best.
-
-
-def information(indices):
-    """Return log det (I + sum of Fisher matrices), the slow way."""
-    return torch.logdet(torch.eye(P) + sum(rows[n].T @ rows[n] for n in indices))
-
-
-few, brute = range(100, 112), []
-for _ in range(3):
-    rest = [n for n in few if n not in brute]
-    brute.append(max(rest, key=lambda n: information([*brute, n])))
-greedy, _ = most_informative(rows[100:112], [], 3)
-assert [n + 100 for n in greedy] == brute
-best = max(information(trio) for trio in combinations(few, 3))
-print(f"Greedy {brute} as by brute force, {information(brute) / best:.1%} of the best.")
-
-# %%
 # Accuracy against random labels
 # ------------------------------
 #
@@ -208,18 +188,17 @@ def campaign(strategy, seed):
 
 
 # %%
-# Means over five seeds, and in how many of them the choice by information is ahead:
+# Means over five seeds, with the worst and the best:
 
-strategies, counts = (
-    [random_labels, smallest_margins, most_information],
-    range(20, 61, 10),
-)
+strategies = [random_labels, smallest_margins, most_information]
+counts = range(20, 61, 10)
 curves = torch.tensor([[campaign(s, seed) for seed in range(5)] for s in strategies])
+print("labels   random              margin              information")
 for count, column in zip(counts, curves.permute(2, 0, 1)):
-    spreads = [f"{v.mean():.1%} ({v.min():.1%} to {v.max():.1%})" for v in column]
-    ahead = [(column[2] > other).sum() for other in column[:2]]
-    print(f"{count} labels: random {spreads[0]}, margin {spreads[1]}, information")
-    print(f"  {spreads[2]}, ahead of random {ahead[0]}, of margin {ahead[1]}")
+    spreads = [f"{v.mean():.1%} ({v.min():.0%} to {v.max():.0%})" for v in column]
+    print(f"{count}       {'   '.join(spreads)}")
+ahead = [(curves[2, :, 1:] > other[:, 1:]).sum() for other in curves[:2]]
+print(f"Information is ahead of random in {ahead[0]} of 20, of margin in {ahead[1]}.")
 assert curves[2, :, -1].mean() > curves[0, :, -1].mean()
 
 # %%
@@ -239,20 +218,50 @@ ax.legend()
 plt.show()
 
 # %%
-# Cost, and when not to use it
-# ----------------------------
+# Greedy choice against brute force
+# ---------------------------------
 #
-# The rows hold ``N C P`` numbers, and one choice takes of the order of ``N C^2 P``
-# operations. The first inverse takes ``P^3``, which is why the last layer alone serves
-# well. With all parameters, keep the inner products of rows instead, ``[N C, N C]``:
-# ``use/training_predicted.py`` makes them, and ``scale/jacobians_without_memory.py``
-# makes them without a Jacobian. For thousands of classes, take the rows of the few most
-# probable ones.
+# On 12 samples, each step tries every sample with the full determinant,
+# and a search through all sets of three says what greed costs. Theory promises at least
+# :math:`1 - 1/e`, 63 %, of the best.
+
+
+def information(indices):
+    """Return log det (I + sum of Fisher matrices), the slow way."""
+    return torch.logdet(torch.eye(P) + sum(rows[n].T @ rows[n] for n in indices))
+
+
+few, brute = range(100, 112), []
+for _ in range(3):
+    rest = [n for n in few if n not in brute]
+    brute.append(max(rest, key=lambda n: information([*brute, n])))
+greedy, _ = most_informative(rows[100:112], [], 3)
+assert [n + 100 for n in greedy] == brute
+best = max(information(trio) for trio in combinations(few, 3))
+print(f"Greedy {brute} as by brute force, {information(brute) / best:.1%} of the best.")
+
+# %%
+# Cost
+# ----
 #
-# The margin costs one forward pass and no Jacobian. Where the numbers above do not set
-# the two apart, take the margin. Choose the first labels so that they hold every class:
-# the network's probabilities mean nothing for a class that it has not seen. Labels
-# chosen by the network are no fair sample either: test on images drawn at random.
+# - The rows hold ``N * C * P`` numbers, and one choice takes of the order of
+#   ``N * C ** 2 * P`` operations. The first inverse takes ``P ** 3``, which is why the
+#   last layer alone serves well.
+# - With all parameters, keep the inner products of rows instead, ``[N * C, N * C]``:
+#   ``ntk``, in a file that ``scale/neural_tangent_kernel.py`` offers, returns those of
+#   the Jacobian for most layers without it. ``batched_jacobian``, in a file that
+#   ``scale/universal_jacobian.py`` offers, goes in the place of ``vmap_jacrev``.
+# - For thousands of classes, take the rows of the few most probable ones.
+#
+# When not to use it
+# ------------------
+#
+# - Where the numbers above do not set the two apart, take the margin: it costs one
+#   forward pass and no Jacobian.
+# - The first labels lack a class: the network's probabilities mean nothing for a class
+#   that it has not seen.
+# - You need a fair sample: labels chosen by the network are none. Test on images drawn
+#   at random.
 #
 # What to take home
 # -----------------
@@ -261,5 +270,5 @@ plt.show()
 # - Greedy choice by log determinant needs small matrices only, and avoids twins.
 # - It beats labels drawn at random. Try the margin too, which is cheaper.
 #
-# Next: ``use/training_predicted.py`` foretells what training makes of the labels. The
-# alternative: ``compute/torch_func_jacobians.py`` has more ways to the rows.
+# Next: ``scale/neural_tangent_kernel.py`` has inner products for larger networks. The
+# alternative: ``use/influence.py`` asks which labeled samples to leave out.

@@ -10,6 +10,7 @@ Laplace approximation.
 
 import matplotlib.pyplot as plt
 import torch
+from scipy.stats import spearmanr
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import DotProduct
@@ -20,7 +21,6 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 torch.set_default_dtype(torch.float64)
-threads = torch.get_num_threads()
 torch.set_num_threads(1)  # small models gain nothing from more
 _ = torch.manual_seed(0)
 
@@ -32,6 +32,8 @@ _ = torch.manual_seed(0)
 # Bayesian linear model has error bars, and scikit-learn's ``BayesianRidge`` fits one:
 # the rows are those of ``J``, the targets ``Y - fs + J @ theta``. A bar has two parts,
 # the noise of the data and the doubt about the parameters.
+
+# fold: The Jacobian
 
 
 def vmap_jacrev(model, X):
@@ -49,6 +51,10 @@ def linearized(model, X):
     fs, jacobian = model(X).detach(), vmap_jacrev(model, X)
     theta = [p.detach().flatten() for p in model.parameters() if p.requires_grad]
     return fs, torch.cat([J.flatten(2) for J in jacobian.values()], 2), torch.cat(theta)
+
+
+# %%
+# The function asks for nothing but a trained model and its data.
 
 
 def error_bars(model, X, Y, X_new):
@@ -70,7 +76,8 @@ def error_bars(model, X, Y, X_new):
 # %%
 # ``load_diabetes`` has 442 patients with 10 measurements each, and a number that tells
 # how the disease goes on in a year. 100 patients are for training. The network has 32
-# hidden units. All is in units of its standard deviation.
+# hidden units. All is in units of its standard deviation. The 95 % interval reaches
+# 1.96 standard deviations to both sides.
 
 # fold: How the data is split and a network is trained
 patients, progress = map(torch.tensor, load_diabetes(return_X_y=True))
@@ -81,16 +88,11 @@ progress = ((progress - progress.mean()) / progress.std())[:, None]
 def split(seed):
     """Return ``X, Y, X_test, Y_test``."""
     order = torch.randperm(442, generator=torch.Generator().manual_seed(seed))
-    train_regression, test = order[:100], order[100:]
-    return (
-        patients[train_regression],
-        progress[train_regression],
-        patients[test],
-        progress[test],
-    )
+    train, test = order.split([100, 342])
+    return patients[train], progress[train], patients[test], progress[test]
 
 
-def train_regression(model, loss, weight_decay, steps=400):
+def minimize(loss, model, weight_decay, steps):
     """Return the model after these steps of Adam on the whole batch."""
     optimizer = torch.optim.Adam(model.parameters(), 0.01, weight_decay=weight_decay)
     for _ in range(steps):
@@ -101,19 +103,17 @@ def train_regression(model, loss, weight_decay, steps=400):
 
 
 def regression(X, Y):
-    model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 1))
-    return train_regression(model, lambda model: (model(X) - Y).square().mean(), 0.03)
+    model = nn.Sequential(nn.Linear(X.shape[1], 32), nn.ReLU(), nn.Linear(32, 1))
+    return minimize(lambda model: (model(X) - Y).square().mean(), model, 0.03, 400)
 
 
 # %%
-# The 95 % interval reaches 1.96 standard deviations to both sides.
 
 X, Y, X_test, Y_test = split(seed=0)
 model = regression(X, Y)
 sd, ridge = error_bars(model, X, Y, X_test)
 inside = (Y_test - model(X_test)).abs() < 1.96 * sd
-inside = inside.double().mean()
-print(f"{inside:.0%} of {len(X_test)} test targets are in their interval.")
+print(f"{inside.double().mean():.0%} of {len(X_test)} targets are in their interval.")
 
 # %%
 # Without a Jacobian, the nearest thing to an error bar is the standard deviation of the
@@ -125,10 +125,9 @@ bars = {"training residuals": residual.expand_as(sd), "Laplace": sd}
 fig, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
 for ax, (name, bar) in zip(axes, bars.items()):
     inside = (Y_test - fs).abs() < 1.96 * bar
-    for hit, color in (inside, "#0072B2"), (~inside, "#D55E00"):
+    for hit, label, color in (inside, "in", "#0072B2"), (~inside, "out", "#D55E00"):
         x, y, half = (t[:24][hit[:24]] for t in (Y_test, fs, 1.96 * bar))
-        label = "inside" if hit is inside else "outside"
-        ax.errorbar(x, y, half, fmt="o", color=color, label=label, linewidth=4)
+        ax.errorbar(x, y, half, fmt="o", color=color, label=f"{label}side", linewidth=4)
     ax.axline((0, 0), slope=1, color="black", zorder=0)
     ax.set_title(f"{name}: {inside.double().mean():.0%} of targets inside")
     ax.set(xlabel="true target (sd)", xlim=(-2, 2.3), ylim=(-4.5, 4.5))
@@ -142,12 +141,6 @@ plt.show()
 # Each seed is another split and another start. The third method needs no mathematics:
 # train on 75 of the 100, and take the residuals of the other 25. The coverage of a 95 %
 # interval should be 0.95. For the negative log likelihood (NLL), lower is better.
-#
-# - The training residuals cover far too little. The other two cover enough, or more.
-# - Laplace keeps all data for the training. If you can spare some, held-out residuals
-#   are simpler, and here no worse.
-# - A rank correlation near zero says: wide bars do not mark the large errors. They are
-#   right on the average, but they do not tell these patients apart.
 
 
 def score(Y, fs, sd):
@@ -167,8 +160,7 @@ for seed in range(5):
         fs, residual, held_out = model(X_test), Y - model(X), Y[75:] - part(X[75:])
         tries = (fs, residual.std()), (fs, sd), (part(X_test), held_out.std())
         results.append(torch.stack([score(Y_test, *bar) for bar in tries]))
-        pair = torch.stack([(Y_test - fs).abs().flatten(), sd.flatten()])
-    ranks.append(pair.argsort().argsort().double().corrcoef()[0, 1])
+    ranks.append(spearmanr((Y_test - fs).abs(), sd).statistic)
 
 low, high = torch.stack(results).aminmax(dim=0)
 for name, a, b in zip(["training residuals", "Laplace", "held out"], low, high):
@@ -183,8 +175,8 @@ print(f"rank correlation of bar and error: {min(ranks):.1f} to {max(ranks):.1f}"
 # the training targets. So there is nothing to tune, and no validation set.
 #
 # The model has two forms. In weight space one inverts a ``[P, P]`` matrix. In function
-# space it is ``[N * C, N * C]``, with the kernel ``J @ J.T``: the neural tangent kernel
-# (NTK). Both give the same bars, as does a Gaussian process on the rows of ``J``.
+# space it is ``[N * C, N * C]``, with the kernel ``J @ J.T``, the neural tangent kernel
+# (NTK): a Gaussian process on the rows of ``J``. Both give the same bars.
 
 prior, noise = 1 / ridge.lambda_, 1 / ridge.alpha_  # variances
 fs, J, theta = linearized(model, X)
@@ -194,25 +186,12 @@ J_test = linearized(model, X_test)[1].flatten(0, 1)
 H = J.T @ J / noise + torch.eye(J.shape[1]) / prior
 assert_close((J_test @ H.inverse() * J_test).sum(1) + noise, sd.flatten() ** 2)
 
-K, cross = prior * J @ J.T + noise * torch.eye(len(J)), prior * J_test @ J.T
-doubt = prior * J_test.square().sum(1) - (cross @ K.inverse() * cross).sum(1)
-assert_close(doubt + noise, sd.flatten() ** 2)
-
 kernel = prior * DotProduct(0.0, "fixed")
 process = GaussianProcessRegressor(kernel, alpha=noise, optimizer=None)
 process.fit(J.numpy(), target.numpy())
 doubt = torch.tensor(process.predict(J_test.numpy(), return_std=True)[1]) ** 2
 assert_close(doubt + noise, sd.flatten() ** 2)
-print(f"{list(H.shape)}, {list(K.shape)} and a Gaussian process give the same bars.")
-
-# %%
-# Why ``J @ theta``? The prior is one of ``theta``, not of its change. With ``Y - fs``
-# alone, the evidence takes the training residuals for the noise.
-
-wrong = BayesianRidge(fit_intercept=False).fit(J.numpy(), (Y - fs).flatten().numpy())
-bar = torch.tensor(wrong.predict(J_test.numpy(), return_std=True)[1])[:, None]
-coverage = score(Y_test, model(X_test).detach(), bar)[0]
-print(f"Without J @ theta in the target, the coverage is {coverage:.2f}.")
+print(f"{list(H.shape)} and a Gaussian process of {len(J)} rows give the same bars.")
 
 # %%
 # Confidence of a classifier
@@ -243,10 +222,7 @@ def confidence(J, fs, S, draws=500):
 flowers, y = map(torch.tensor, load_iris(return_X_y=True))
 X = ((flowers - flowers.mean(0)) / flowers.std(0))[:, 2:]
 model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
-_ = train_regression(
-    model, lambda model: cross_entropy(model(X), y, reduction="sum"), 0.3, 1000
-)
-
+_ = minimize(lambda net: cross_entropy(net(X), y, reduction="sum"), model, 0.3, 1000)
 fs, J, theta = linearized(model, X)
 H = softmax_precision(J, fs, precision=0.3)
 S = H.inverse()
@@ -263,35 +239,24 @@ print("The GGN is autograd's second derivative of the linear model's loss.")
 # %%
 # ``load_iris``: two measurements of 150 flowers, three kinds. Ten standard deviations
 # away from the data, nobody knows the kind. There, the softmax is surer than Laplace.
-
-
-def probabilities(name, inputs):
-    fs, J, _ = linearized(model, inputs)
-    return fs.softmax(1) if name == "softmax" else confidence(J, fs, S)
-
-
-angle = torch.arange(0, 2 * torch.pi, 0.1)
-away = 10 * torch.stack([angle.cos(), angle.sin()], dim=1)
-accuracy = (fs.argmax(1) == y).double().mean()
-print(
-    f"accuracy {accuracy:.2f}; mean of the largest probability on the data | far away"
-)
-for name in "softmax", "Laplace":
-    near, far = (probabilities(name, z).amax(1).mean() for z in (X, away))
-    print(f"{name}: {near:.2f} | {far:.2f}")
-
-# %%
-# Color is the largest probability, points are flowers.
+# In the map, color is the largest probability, and points are flowers.
 
 # fold: How the map is drawn
-axis = torch.linspace(-8, 8, 41)
+angle, axis = torch.arange(0, 2 * torch.pi, 0.1), torch.linspace(-8, 8, 41)
+away = 10 * torch.stack([angle.cos(), angle.sin()], dim=1)
 fig, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
 for ax, name in zip(axes, ["softmax", "Laplace"]):
-    area = probabilities(name, torch.cartesian_prod(axis, axis)).amax(1).view(41, 41)
-    image = ax.contourf(axis, axis, area.T, torch.linspace(0.3, 1, 15), cmap="cividis")
+    sure = []
+    for inputs in X, away, torch.cartesian_prod(axis, axis):
+        f, D, _ = linearized(model, inputs)
+        mean = f.softmax(1) if name == "softmax" else confidence(D, f, S)
+        sure.append(mean.amax(1))
+    near, far = sure[0].mean(), sure[1].mean()
+    print(f"{name}: {near:.0%} sure on the data, {far:.0%} far away")
+    area, levels = sure[2].view(41, 41).T, torch.linspace(0.3, 1, 15)
+    image = ax.contourf(axis, axis, area, levels, cmap="cividis")
     for kind, color in enumerate(["#E69F00", "#56B4E9", "#CC79A7"]):
         ax.scatter(*X[y == kind].T, color=color, edgecolor="black", s=25)
-    far = probabilities(name, away).amax(1).mean()
     ax.set_title(f"{name}: {far:.0%} sure far from the data")
     ax.set(xlabel="petal length (sd)", aspect="equal")
 axes[0].set_ylabel("petal width (sd)")
@@ -305,8 +270,8 @@ plt.show()
 # and a one for the bias. Its Jacobian is ``phi`` times the identity of the outputs,
 # ``[N, C, C, D]``: nearly all zeros. Keep ``phi``:
 #
-# - A diagonal covariance ``s`` of shape ``[C, D]`` gives the variance of output ``c``
-#   as the sum of ``phi[n, d] ** 2 * s[c, d]``.
+# - The diagonal of the GGN has ``C * D`` numbers, the sums of ``phi[n, d] ** 2`` times
+#   ``p (1 - p)`` for output ``c``. Invert it, with the prior, number by number.
 # - A Kronecker product ``kron(B, A)`` stands for the GGN, with ``B [C, C]`` the mean
 #   curvature of the loss and ``A [D, D]`` the sum of ``phi[n] phi[n]^T``. The
 #   eigenvectors of both turn it into a diagonal, to which the prior adds.
@@ -318,52 +283,38 @@ def last_inputs(model, X):
     return torch.cat([a, torch.ones_like(a[:, :1])], dim=1)
 
 
-def diagonal_variance(phi, s):
-    """Return the variance ``[N, C]`` of the outputs for a covariance ``s [C, D]``."""
-    return phi.square() @ s.T
+def diagonal_variance(phi, fs, precision):
+    """Return the variance ``[N, C]`` for the inverse of the GGN's diagonal + prior."""
+    p = fs.softmax(1)
+    return phi.square() @ (1 / (phi.square().T @ (p - p * p) + precision))
 
 
 def kronecker_variance(phi, B, A, precision):
     """Return the variance ``[N, C]`` for the inverse of ``kron(B, A) + precision``."""
     (b, U), (a, V) = torch.linalg.eigh(B), torch.linalg.eigh(A)
-    s = 1 / (b[:, None] * a + precision)
-    return diagonal_variance(phi @ V, U.square() @ s)
+    return (phi @ V).square() @ (1 / (a[:, None] * b + precision)) @ U.square().T
 
 
 phi, p = last_inputs(model, X), fs.softmax(1)
-s = 1 / ((p - p * p).T @ phi.square() + 0.3)
 B, A = (p.sum(0).diag() - p.T @ p) / len(p), phi.T @ phi
-variances = diagonal_variance(phi, s), kronecker_variance(phi, B, A, 0.3)
 
 blocks = vmap_jacrev(model[-1], model[:-1](X).detach())
 J = torch.cat([blocks["weight"], blocks["bias"][..., None]], dim=3).flatten(2)
-H = softmax_precision(J, fs, 0.3)
-kron = torch.kron(B, A) + 0.3 * torch.eye(len(H))
-dense = [(J @ S * J).sum(2) for S in (s.flatten().diag(), kron.inverse(), H.inverse())]
-assert_close(list(variances), dense[:2])
+H = softmax_precision(J, fs, precision=0.3)
+assert_close(diagonal_variance(phi, fs, 0.3), J.square() @ (1 / H.diagonal()))
+inverse = (torch.kron(B, A) + 0.3 * torch.eye(len(H))).inverse()
+assert_close(kronecker_variance(phi, B, A, 0.3), (J @ inverse * J).sum(2))
 print("Both forms give the variances of the dense Jacobian and covariance.")
-for name, variance in zip(["diagonal", "Kronecker", "exact"], dense):
-    print(
-        f"mean standard deviation of the outputs, {name}: {variance.sqrt().mean():.2f}"
-    )
 
 # %%
-# For a square loss ``B`` is the identity: all outputs have the same variance, and it is
-# that of a Gaussian process with the kernel ``phi @ phi.T``.
+# With 3100 outputs, nothing else changes.
 
-N, D, C = 200, 128, 3100
-wide = nn.Sequential(nn.Linear(12, D), nn.Tanh(), nn.Linear(D, C))
-phi, phi_new = (last_inputs(wide, torch.randn(n, 12)) for n in (N, 7))
-A = phi.T @ phi / noise + torch.eye(D + 1)  # prior variance 1
-variance = (phi_new @ A.inverse() * phi_new).sum(1)  # of each of the C outputs
-
-
-K, cross = phi @ phi.T + noise * torch.eye(N), phi_new @ phi.T
-doubt = phi_new.square().sum(1) - (cross @ K.inverse() * cross).sum(1)
-assert_close(variance, doubt)
+D, C = 128, 3100
+wide = nn.Sequential(nn.Linear(2, D), nn.Tanh(), nn.Linear(D, C))
+sd = diagonal_variance(last_inputs(wide, X), wide(X).detach(), 0.3).sqrt()
 dense = C * C * (D + 1) * 4 / 1e9
-print(f"A sample in float32: J has {dense:.1f} GB, phi {(D + 1) * 4} bytes. Same bars.")
-torch.set_num_threads(threads)
+print(f"{list(sd.shape)} deviations. For a sample in float32, J has {dense:.1f} GB,")
+print(f"and phi has {(D + 1) * 4} bytes.")
 
 # %%
 # Cost
@@ -372,18 +323,23 @@ torch.set_num_threads(threads)
 #   the chunks: ``scale/jacobians_without_memory.py``.
 # - Weight space takes time ``P ** 3``, function space ``(N * C) ** 3``, and
 #   ``BayesianRidge`` factors ``J`` in ``N * C * P`` times the smaller of ``N * C`` and
-#   ``P``. If all are large, take the last layer.
-# - ``batched_jacobian`` from ``scale/universal_jacobian.py`` goes in the place of
-#   ``vmap_jacrev``: same arguments, same result, and it uses the layers' structure.
+#   ``P``. ``scale/neural_tangent_kernel.py`` has the kernel of function space without
+#   ``J``. If all are large, take the last layer.
+# - Where layers are wide, ``batched_jacobian``, a file that
+#   ``scale/universal_jacobian.py`` offers, goes in the place of ``vmap_jacrev``: same
+#   arguments, same result.
 #
-# Limits
-# ------
-# - It is no detector of inputs of another kind: doubt grows only where ``J`` looks. For
-#   that, first try the largest softmax probability.
-# - Noise is one number for all samples and outputs. Scale outputs of different units.
-# - A network far from a minimum, or another prior than in its training: then the linear
-#   model and the network disagree, and the bars are those of the linear model.
-# - Dropout, or batch norm in training mode: call ``model.eval()`` first.
+# When not to use it
+# ------------------
+# - You can spare data: above, held-out residuals are simpler, and their intervals hold.
+#   Laplace keeps all data for the training.
+# - You want to know which answers are bad. A rank correlation near zero says that wide
+#   bars do not mark the large errors: they are right on the average only.
+# - You look for inputs of another kind: doubt grows only where ``J`` looks. First try
+#   the largest softmax probability.
+# - The noise differs between samples or outputs: here it is one number.
+# - The network is far from a minimum, or was trained with another prior: the bars are
+#   those of the linear model. With dropout or batch norm, call ``model.eval()`` first.
 #
 # What to take home
 # -----------------
@@ -391,5 +347,5 @@ torch.set_num_threads(threads)
 # - The target is ``Y - fs + J @ theta``; for a softmax, average over parameters.
 # - For the last layer, keep ``phi`` and not the Jacobian.
 #
-# Next: ``scale/jacobians_without_memory.py``, for a Jacobian that does not fit. The
-# alternative: ``compute/torch_func_jacobians.py``, for more ways to the Jacobian.
+# Next: ``use/training_predicted.py``, what the same kernel says before the training.
+# The alternative: ``use/active_learning.py``, which samples to label instead.

@@ -20,7 +20,6 @@ from torch.testing import assert_close
 from torch.utils.benchmark import Timer
 
 torch.set_default_dtype(torch.float64)
-threads = torch.get_num_threads()
 torch.set_num_threads(1)  # small models gain nothing from more
 _ = torch.manual_seed(0)
 
@@ -93,6 +92,20 @@ def damped_step(J, r, mu):
 
 
 # %%
+# A first try: five steps with a small constant damping. Nothing keeps the loss from a
+# rise.
+
+X, model = torch.linspace(0, 1, 66)[:, None], pinn(seed=0)
+params, losses = list(model.parameters()), [model(X).square().sum().item() / 2]
+for _ in range(5):
+    step = damped_step(flat_jacobian(model, X), model(X).detach().flatten(), mu=1e-6)
+    vector_to_parameters(parameters_to_vector(params).detach() + step, params)
+    losses.append(model(X).square().sum().item() / 2)
+print("loss:", ", ".join(f"{loss:.0e}" for loss in losses))
+
+# %%
+# Damping that adapts and refuses
+# -------------------------------
 # Small ``mu`` is a long step, and the linear model may not hold there. So compare the
 # loss before and after, on the same points. If it falls, keep the step and divide
 # ``mu`` by 5. If not, refuse the step and double ``mu``. A second try costs a solve and
@@ -130,47 +143,11 @@ def levenberg_marquardt(model, X, steps, mu=1.0, tries=30, log=lambda: None):
     return history, refused
 
 
-X, model, steps = torch.linspace(0, 1, 66)[:, None], pinn(seed=0), 30
+model, steps = pinn(seed=0), 30
 history, refused = levenberg_marquardt(model, X, steps)
 print(f"{len(history)} steps, {refused} tries refused, error {error(model):.0e}")
 low, high = min(history), max(history)
 print(f"damping from {high:.0e} to {low:.0e}")
-
-# %%
-# Step in the space of samples
-# ----------------------------
-# The step minimizes the loss of the linear model plus ``mu / 2`` times the squared norm
-# of the step. In parameter space that is a ``[P, P]`` system, in sample space an
-# ``[N * C, N * C]`` one, with the neural tangent kernel (NTK) ``J @ J.T``. Two
-# references: ``lstsq`` on the stacked rows, and SciPy's own Levenberg-Marquardt, told
-# to minimize the same.
-
-model = Residual(nn.Sequential(nn.Linear(1, 30), nn.Tanh(), nn.Linear(30, 1)))
-J, r, mu = flat_jacobian(model, X), model(X).detach().flatten(), 0.01
-step = damped_step(J, r, mu)
-N, P = J.shape
-stacked = torch.cat([J, mu**0.5 * torch.eye(P)])
-right = torch.cat([-r, torch.zeros(P)])
-assert_close(step, torch.linalg.lstsq(stacked, right[:, None]).solution[:, 0])
-
-A, b = stacked.numpy(), right.numpy()
-fit = least_squares(lambda d: A @ d - b, torch.zeros(P), lambda d: A, method="lm")
-assert_close(step, torch.tensor(fit.x))
-print(f"A [{N}, {N}] system gives the step of lstsq and SciPy on [{N + P}, {P}].")
-
-# %%
-# Refusals
-# --------
-# With a small constant damping and no refusals, nothing keeps the loss from a rise.
-
-model = pinn(seed=0)
-params, losses = list(model.parameters()), [model(X).square().sum().item() / 2]
-for _ in range(5):
-    r = model(X).detach().flatten()
-    step = damped_step(flat_jacobian(model, X), r, 1e-6)
-    vector_to_parameters(parameters_to_vector(params).detach() + step, params)
-    losses.append(model(X).square().sum().item() / 2)
-print("loss:", ", ".join(f"{loss:.0e}" for loss in losses))
 
 # %%
 # Error against seconds
@@ -249,6 +226,28 @@ ax.legend()
 plt.show()
 
 # %%
+# Step in the space of samples
+# ----------------------------
+# The step minimizes the loss of the linear model plus ``mu / 2`` times the squared norm
+# of the step. In parameter space that is a ``[P, P]`` system, in sample space an
+# ``[N * C, N * C]`` one, with the neural tangent kernel (NTK) ``J @ J.T``. Two
+# references: ``lstsq`` on the stacked rows, and SciPy's own Levenberg-Marquardt, told
+# to minimize the same.
+
+model = Residual(nn.Sequential(nn.Linear(1, 30), nn.Tanh(), nn.Linear(30, 1)))
+J, r, mu = flat_jacobian(model, X), model(X).detach().flatten(), 0.01
+step = damped_step(J, r, mu)
+N, P = J.shape
+stacked = torch.cat([J, mu**0.5 * torch.eye(P)])
+right = torch.cat([-r, torch.zeros(P)])
+assert_close(step, torch.linalg.lstsq(stacked, right[:, None]).solution[:, 0])
+
+A, b = stacked.numpy(), right.numpy()
+fit = least_squares(lambda d: A @ d - b, torch.zeros(P), lambda d: A, method="lm")
+assert_close(step, torch.tensor(fit.x))
+print(f"A [{N}, {N}] system gives the step of lstsq and SciPy on [{N + P}, {P}].")
+
+# %%
 # Cost
 # ----
 # ``J`` holds ``N * C * P`` numbers, the product ``J @ J.T`` takes ``(N * C) ** 2 * P``
@@ -262,24 +261,25 @@ for N in 66, 264:
     step = Timer("damped_step(J, r, 0.1)", globals=globals()).timeit(5)
     times = f"Jacobian {jacobian.mean * 1e3:.0f} ms, step {step.mean * 1e3:.1f} ms"
     print(f"N = {N}: J has {J.numel() * 8 / 1e6:.1f} MB, {times}")
-torch.set_num_threads(threads)
 
 # %%
 # - If ``J`` does not fit, sum ``J @ J.T`` over blocks of parameters, or multiply with
 #   ``J`` and never store it: ``scale/jacobians_without_memory.py``.
-# - For wide layers, ``batched_jacobian`` from ``scale/universal_jacobian.py`` goes in
-#   the place of ``vmap_jacrev``, on this residual as well: same arguments, same result.
-# - With fewer parameters than residuals, solve in parameter space, or take SciPy.
+# - ``batched_jacobian``, a file that ``scale/universal_jacobian.py`` offers, goes in
+#   the place of ``vmap_jacrev``, on this residual as well: same arguments and result.
+#   Where the residuals are plain outputs of layers, ``scale/neural_tangent_kernel.py``
+#   has ``J @ J.T`` without ``J``.
+# - For a regression, let the model map ``X`` with the targets as last column to
+#   ``fs - Y``.
 #
-# Limits
-# ------
+# When not to use it
+# ------------------
 # - Mini-batches: a step is judged on the same residuals before and after. With new
 #   samples each time, take a first-order optimizer.
-# - ``J`` is of the residuals. The gradient of the loss is not enough.
-# - For a regression, let the model map ``X`` with the targets as last column to
-#   ``fs - Y``. For a softmax there is no sum of squares: weight the rows first.
-# - Where the error comes from the points or the network and not from the training,
-#   better steps do not help.
+# - Fewer parameters than residuals: solve in parameter space, or take SciPy.
+# - No sum of squares, as with a softmax: weight the rows first.
+# - The error comes from the points or the network and not from the training: better
+#   steps do not help.
 #
 # What to take home
 # -----------------
@@ -289,4 +289,4 @@ torch.set_num_threads(threads)
 # - One step costs more than one of Adam or L-BFGS: compare in seconds.
 #
 # Next: ``scale/universal_jacobian.py``, to compute ``J`` in less time. The alternative:
-# ``use/error_bars.py``, what the same Jacobian says after the training.
+# ``use/training_predicted.py``, what first-order steps would reach, without training.
