@@ -64,8 +64,8 @@ sphinx_gallery_conf = {
     "subsection_order": [f"../examples/{room}" for room in tutorial_order] + ["*"],
     "within_subsection_order": "gallery.LearnersOrder",
     "nested_sections": False,  # the theme's menu needs one toctree for all rooms
-    # A Python warning in a tutorial fails the build.
-    "reset_modules": ("matplotlib", "pages.warnings_are_errors"),
+    # A Python warning in a tutorial fails the build, and each starts as a script does.
+    "reset_modules": ("matplotlib", "pages.fresh_start"),
     "first_notebook_cell": "%pip install -q backpack-for-pytorch matplotlib "
     "scikit-learn",
     "image_srcset": ["2x"],

@@ -25,9 +25,15 @@ VERSIONS = {
 }
 
 
-def warnings_are_errors(gallery_conf, fname):
-    """Make a Python warning stop the tutorial (Sphinx-Gallery calls it before each)."""
+def fresh_start(gallery_conf, fname):
+    """Make a Python warning stop the tutorial, and put back what the last one set.
+
+    Sphinx-Gallery calls this before each.
+    """
+    import torch  # takes as long as a build in which no tutorial runs
+
     warnings.simplefilter("error")
+    torch.set_default_dtype(torch.float32)
 
 
 def source(pagename):

@@ -14,6 +14,7 @@ its part of the result.
 # what each rank saves.
 
 # fold: Imports, and how the ranks are started
+import os
 import subprocess
 import sys
 import tempfile
@@ -39,8 +40,9 @@ def launch(program, ranks, *inputs, timeout=120):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--local-addr=localhost"]  # where the machine's name has no address
         command += [f"--nproc-per-node={ranks}", f"--log-dir={folder}", "program.py"]
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with subprocess.Popen(command, cwd=folder, text=True, **streams) as torchrun:
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        options["env"] = os.environ | {"PYTHON_COLORS": "0"}  # plain tracebacks
+        with subprocess.Popen(command, cwd=folder, **options) as torchrun:
             try:
                 written, _ = torchrun.communicate(timeout=timeout)
             finally:
