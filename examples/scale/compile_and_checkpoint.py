@@ -100,7 +100,10 @@ print(f"The first call takes {first:.1f} s, and J is that of the autograd loop."
 # -------------
 # A Jacobian of a small model takes many small operations, and each has a fixed cost,
 # which the compiler saves. A large ``J`` takes its time for writing ``J``, compiled or
-# not. The last column says after how many calls the first one has paid.
+# not. The last number says after how many calls the first one has paid.
+
+
+# fold: How the time is measured, and errors in one line
 
 
 def median_ms(function, *args):
@@ -108,16 +111,27 @@ def median_ms(function, *args):
     return timer.blocked_autorange(min_run_time=0.1).median * 1e3
 
 
-print("   N      J    eager  compiled  ratio  pays after")
+def message(function, *args):
+    """Return the error that a call raises, without what follows its first sentence."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            function(*args)
+    except Exception as error:
+        first = str(error).partition("\n\n")[0].partition(". ")[0]
+        return f"{type(error).__name__}: {first}"
+    raise AssertionError("it raises no error any more")
+
+
+# %%
+
 for N in 2, 16, 128, 1024:
     X = torch.rand(N, 10)
     J = compiled(params, X)
     assert_close(J, jacobian(params, X))
     eager, fast = median_ms(jacobian, params, X), median_ms(compiled, params, X)
-    calls = f"{1e3 * first / (eager - fast):.0f}" if eager > fast else "never"
-    size = sum(block.nbytes for block in J.values()) / 1e6
-    print(f"{N:4} {size:4.1f} MB {eager:5.2f} ms {fast:6.2f} ms {eager / fast:6.1f}", end="")
-    print(f"{calls:>12}")
+    paid = f"{1e3 * first / (eager - fast):.0f}" if eager > fast else "no number of"
+    print(f"N = {N:4}: {eager:4.2f} ms eager, {fast:4.2f} ms compiled,", end=" ")
+    print(f"ratio {eager / fast:4.1f}, paid after {paid} calls")
 
 # %%
 # ``backend="aot_eager"`` traces the operations, and compiles none: no C++ compiler, no
@@ -138,7 +152,7 @@ def recipe(model):
     return vmap(jacrev(f), (None, 0)), params
 
 
-torch.compiler.reset()  # see "two models" below
+torch.compiler.reset()  # why: see "New sizes, and two models"
 of_cnn, cnn_params = recipe(cnn)
 traced = torch.compile(of_cnn, backend="aot_eager")
 assert_close(traced(cnn_params, images), autograd_loop(cnn, images))
@@ -146,13 +160,19 @@ eager, fast = (median_ms(g, cnn_params, images) for g in (of_cnn, traced))
 print(f"CNN: eager {eager:.2f} ms, traced {fast:.2f} ms, ratio {eager / fast:.1f}")
 
 # %%
+# Another ``N`` compiles again. To notice it, forbid it.
+
+with torch.compiler.set_stance("fail_on_recompile"):
+    print(message(traced, cnn_params, images[:5]))
+
+# %%
 # New sizes, and two models
 # -------------------------
 # We count compilations with a backend that does nothing else. Without a mark, the
-# second ``N`` compiles again, for all ``N``. Convolutions compile for each ``N``,
+# second ``N`` compiles again, and then for all ``N``. Convolutions compile for each ``N``,
 # and with a size marked, or with ``dynamic=True``, they raise.
 
-# fold: A backend that counts, and errors in one line
+# fold: A backend that counts
 
 
 def compilations(calls, **options):
@@ -174,24 +194,13 @@ def compilations(calls, **options):
     return counts
 
 
-def message(function, *args):
-    """Return the error that a call raises, without what follows its first sentence."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            function(*args)
-    except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        return text.split(". ")[0].split(", it must")[0].partition("\nSet ")[0]
-    raise AssertionError("it raises no error any more")
-
-
 # %%
 
-of_mlp = [(jacobian, params, torch.rand(N, 10)) for N in (4, 6, 9)]
-of_images = [(of_cnn, cnn_params, torch.rand(N, 1, 8, 8)) for N in (4, 6, 9)]
-print("N = 4, 6, 9:  MLP", compilations(of_mlp), " CNN", compilations(of_images))
-print("dynamic=True: MLP", compilations(of_mlp, dynamic=True), end="  CNN ")
-print(compilations(of_images[:1], dynamic=True))
+linear, conv = nn.Linear(5, 3), nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten())
+of_rows = [(*recipe(linear), torch.rand(N, 5)) for N in (4, 6, 9)]
+of_images = [(*recipe(conv), images[:N]) for N in (4, 6)]
+print("new N: linear", compilations(of_rows), "convolution", compilations(of_images))
+print("dynamic=True: convolution", compilations(of_images[:1], dynamic=True))
 
 # %%
 # The code that is compiled is that of ``vmap``, and all models share it. A second
@@ -200,19 +209,10 @@ print(compilations(of_images[:1], dynamic=True))
 # ``torch.compiler.reset`` forgets all. After eight compilations PyTorch logs that it
 # stops, and the rest runs as if not compiled.
 
-nets = [nn.Sequential(nn.Conv2d(1, w, 3), nn.Flatten()) for w in (2, 5)]
-calls = [(*recipe(net), images) for net in nets]
-print("two CNNs:", compilations(calls), " dynamic=False:", end=" ")
-print(compilations(calls, dynamic=False))
-
-# %%
-# To notice a compilation that you did not want, forbid it.
-
-torch.compiler.reset()
-traced = torch.compile(jacobian, backend="aot_eager")
-assert_close(traced(params, X[:8]), jacobian(params, X[:8]))
-with torch.compiler.set_stance("fail_on_recompile"):
-    print(message(traced, params, X[:9]))
+wider = nn.Sequential(nn.Conv2d(1, 5, 3), nn.Flatten())
+of_two = [(*recipe(net), images) for net in (conv, wider)]
+print("two models:", compilations(of_two), end=", ")
+print("dynamic=False:", compilations(of_two, dynamic=False))
 
 # %%
 # What does not compile
@@ -381,10 +381,10 @@ def sample_by_sample(model, X):
 
 # %%
 
-layers = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh()) for _ in range(8)]
+layers = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh()) for _ in range(4)]
 head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
 plain = nn.Sequential(*layers, *head)
-halves = Recomputed(*layers[:4]), Recomputed(*layers[4:])
+halves = Recomputed(*layers[:2]), Recomputed(*layers[2:])
 recomputed, X = nn.Sequential(*halves, *head), torch.rand(8, 4, 32, 32)
 expected = list(autograd_loop(plain, X).values())
 for method, net in (
@@ -445,32 +445,26 @@ print("use_reentrant=False: the rows add up to what backward() gives")
 
 # fold: How kept memory is measured
 
+causes = {}
+gc.collect()
+gc.freeze()  # collections look at new objects only
+
 
 def kept_bytes(step, iterations=6):
     """Return the bytes that calls of ``step`` leave behind, after each of them."""
-    gc.collect()
-    if next(model.parameters()).is_cuda:
-        start = torch.cuda.memory_allocated()
-        kept = []
-        for _ in range(iterations):
-            step()
-            gc.collect()
-            kept.append(torch.cuda.memory_allocated() - start)
-        return kept
     changes = []
     for _ in range(iterations):
+        before = torch.cuda.memory_allocated()  # 0 on a CPU
         with profile(profile_memory=True) as recorded:
             step()
             gc.collect()
         events = recorded.kineto_results.events()
-        changes.append(sum(e.nbytes() for e in events if e.name() == "[memory]"))
+        change = sum(e.nbytes() for e in events if e.name() == "[memory]")
+        changes.append(torch.cuda.memory_allocated() - before or change)
     return list(accumulate(changes))
 
 
-causes = {}
-
-
-def compare(cause, grows, mended):
+def mend(cause, grows, mended):
     """Record the bytes that two steps keep: one that grows, and one that does not."""
     causes[cause] = kept_bytes(grows), kept_bytes(mended)
     grown, flat = ((kept[-1] - kept[1]) / 4e3 for kept in causes[cause])
@@ -494,7 +488,7 @@ def mended():
     kept.append(row[1].norm().item())  # or .detach(), for a tensor
 
 
-compare("a row with create_graph", grows, mended)
+mend("a row with create_graph", grows, mended)
 
 # %%
 # In ``torch.func``, parameters that are not detached do the same: the Jacobian then
@@ -510,7 +504,7 @@ def mended():
     kept.append(vmap_jacrev(model, X.detach())["0.weight"].norm())
 
 
-compare("parameters not detached", grows, mended)
+mend("parameters not detached", grows, mended)
 
 # %%
 # The last backward pass frees the graph, if it does not retain it. With the outputs in
@@ -524,7 +518,7 @@ def rows_of_sums(last):
     kept.append(fs)
 
 
-compare("graph retained", lambda: rows_of_sums(True), lambda: rows_of_sums(False))
+mend("graph retained", lambda: rows_of_sums(True), lambda: rows_of_sums(False))
 
 # %%
 # ``p.grad_batch`` is overwritten in each pass, and grows only in your lists. ``extend``
@@ -547,7 +541,7 @@ def mended():
     del weight.grad_batch
 
 
-compare("grad_batch in a list", grows, mended)
+mend("grad_batch in a list", grows, mended)
 assert hooks == [len(module._forward_hooks) for module in extended]
 print("hooks of each module, after all these calls of extend:", hooks)
 
@@ -567,7 +561,7 @@ def mended():
     autograd.grad(net(X).sum(), list(net.parameters()), create_graph=True)
 
 
-compare("backward(create_graph)", grows, mended)
+mend("backward(create_graph)", grows, mended)
 
 # %%
 # All causes and how they end
@@ -577,15 +571,16 @@ compare("backward(create_graph)", grows, mended)
 # fold: How the figure is drawn
 
 fig, ax = plt.subplots(layout="constrained")
-colors = plt.colormaps["viridis"].resampled(len(causes) + 1)
-for i, (cause, (grown, flat)) in enumerate(causes.items()):
-    steps = range(1, len(grown) + 1)
-    ax.plot(steps, [b / 1e3 for b in grown], "o-", color=colors(i), lw=3, label=cause)
-    ax.plot(steps, [b / 1e3 for b in flat], "k--", lw=3, label="mended" if not i else None)
+steps, colors = range(1, 7), plt.colormaps["viridis"](torch.linspace(0, 0.9, 5).numpy())
+for color, (cause, (grown, flat)) in zip(colors, causes.items()):
+    ax.plot(steps, [b / 1e3 for b in grown], "o-", color=color, lw=4, label=cause)
+    ax.plot(steps, [b / 1e3 for b in flat], "k:", lw=4)
+ax.plot([], "k:", lw=4, label="the same, mended")
 ax.set(xlabel="iteration", ylabel="kept memory [kB]", yscale="symlog")
 ax.set_title("Five loops that keep memory, and the same ones mended")
 ax.legend()
 plt.show()
+gc.unfreeze()
 torch.set_num_threads(threads)
 
 # %%
