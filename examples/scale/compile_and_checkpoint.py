@@ -169,8 +169,8 @@ with torch.compiler.set_stance("fail_on_recompile"):
 # New sizes, and two models
 # -------------------------
 # We count compilations with a backend that does nothing else. Without a mark, the
-# second ``N`` compiles again, and then for all ``N``. Convolutions compile for each ``N``,
-# and with a size marked, or with ``dynamic=True``, they raise.
+# second ``N`` compiles again, and then for all ``N``. Convolutions compile for each
+# ``N``. With ``dynamic=True`` or a mark they raise.
 
 # fold: A backend that counts
 
@@ -381,17 +381,14 @@ def sample_by_sample(model, X):
 
 # %%
 
-layers = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh()) for _ in range(4)]
+layers = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh()) for _ in range(9)]
 head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
 plain = nn.Sequential(*layers, *head)
-halves = Recomputed(*layers[:2]), Recomputed(*layers[2:])
-recomputed, X = nn.Sequential(*halves, *head), torch.rand(8, 4, 32, 32)
+thirds = [Recomputed(*layers[i : i + 3]) for i in (0, 3, 6)]
+recomputed, X = nn.Sequential(*thirds, *head), torch.rand(8, 4, 16, 16)
 expected = list(autograd_loop(plain, X).values())
-for method, net in (
-    (autograd_loop, plain),
-    (autograd_loop, recomputed),
-    (sample_by_sample, plain),
-):
+calls = (autograd_loop, plain), (autograd_loop, recomputed), (sample_by_sample, plain)
+for method, net in calls:
     assert_close(list(method(net, X).values()), expected)
     peak, time = peak_bytes(method, net, X) / 1e6, median_ms(method, net, X)
     name = f"{method.__name__}, checkpoints: {net is recomputed}"
