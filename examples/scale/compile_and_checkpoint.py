@@ -80,15 +80,19 @@ def compiled_and_called(function, *args, **options):
 
 # %%
 
+
+def recipe(model):
+    """Return the Jacobian of all samples as a function, and the parameters."""
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def f(params, x):  # of one sample
+        return functional_call(model, params, x[None])[0]
+
+    return vmap(jacrev(f), (None, 0)), params
+
+
 model, X = mlp(10, 32, 5), torch.rand(8, 10)
-params = {name: p.detach() for name, p in model.named_parameters()}
-
-
-def f(params, x):  # of one sample
-    return functional_call(model, params, x[None])[0]
-
-
-jacobian = vmap(jacrev(f), (None, 0))
+jacobian, params = recipe(model)
 torch._dynamo.mark_dynamic(X, 0)
 # compiled = torch.compile(jacobian), and J = compiled(params, X), with a clock:
 compiled, J, first = compiled_and_called(jacobian, params, X)
@@ -134,24 +138,11 @@ for N in 2, 16, 128, 1024:
     print(f"ratio {eager / fast:4.1f}, paid after {paid} calls")
 
 # %%
-# ``backend="aot_eager"`` traces the operations, and compiles none: no C++ compiler, no
-# minutes for large models. It leaves out what ``vmap`` and ``jacrev`` do in Python in
-# each call. Here it is with convolutions.
+# ``backend="aot_eager"`` records the operations and compiles none, so it takes no C++
+# compiler. What ``vmap`` and ``jacrev`` do in Python is left out of later calls.
 
 cnn = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4))
 images = torch.rand(7, 1, 8, 8)
-
-
-def recipe(model):
-    """Return the Jacobian as a function, and the parameters."""
-    params = {name: p.detach() for name, p in model.named_parameters()}
-
-    def f(params, x):
-        return functional_call(model, params, x[None])[0]
-
-    return vmap(jacrev(f), (None, 0)), params
-
-
 torch.compiler.reset()  # why: see "New sizes, and two models"
 of_cnn, cnn_params = recipe(cnn)
 traced = torch.compile(of_cnn, backend="aot_eager")
@@ -170,7 +161,7 @@ with torch.compiler.set_stance("fail_on_recompile"):
 # -------------------------
 # We count compilations with a backend that does nothing else. Without a mark, the
 # second ``N`` compiles again, and then for all ``N``. Convolutions compile for each
-# ``N``. With ``dynamic=True`` or a mark they raise.
+# ``N``. With ``dynamic=True`` they raise.
 
 # fold: A backend that counts
 
@@ -206,8 +197,7 @@ print("dynamic=True: convolution", compilations(of_images[:1], dynamic=True))
 # The code that is compiled is that of ``vmap``, and all models share it. A second
 # model counts as the first with other sizes, and these become dynamic. For
 # convolutions, that raises. ``dynamic=False`` compiles each on its own, and
-# ``torch.compiler.reset`` forgets all. After eight compilations PyTorch logs that it
-# stops, and the rest runs as if not compiled.
+# ``torch.compiler.reset`` forgets all.
 
 wider = nn.Sequential(nn.Conv2d(1, 5, 3), nn.Flatten())
 of_two = [(*recipe(net), images) for net in (conv, wider)]
@@ -218,8 +208,8 @@ print("dynamic=False:", compilations(of_two, dynamic=False))
 # What does not compile
 # ---------------------
 # What ``vmap`` cannot do, it cannot do compiled: an ``if`` on values raises as before.
-# A hook that stores activations works eagerly, and raises in a compiled Jacobian. So
-# does a full backward hook, in both. Remove hooks first.
+# A hook that stores activations works eagerly, and raises in a compiled Jacobian:
+# remove it first.
 
 
 class Branch(nn.Linear):
@@ -240,13 +230,15 @@ handle.remove()
 # %%
 # A model that is compiled already
 # --------------------------------
-# The recipe takes it, and the transforms go through its Python. The names start with
-# ``_orig_mod.``. ``model.compile()`` compiles in place, and leaves the names alone.
+# The recipe takes it, but runs the model's own Python: nothing in it is compiled. So
+# compile the Jacobian instead. The names start with ``_orig_mod.``. ``model.compile()``
+# leaves the names alone.
 
-torch.compiler.reset()
-wrapped = torch.compile(model, backend="aot_eager")
+graphs = []
+wrapped = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph)
 function, values = recipe(wrapped)
 J = function(values, X[:8])
+assert not graphs
 print("names:", *J)
 J = {name.removeprefix("_orig_mod."): block for name, block in J.items()}
 assert_close(J, jacobian(params, X[:8]))
@@ -475,33 +467,33 @@ model, X = mlp(50, 70, 3), torch.rand(20, 50, requires_grad=True)
 inputs, kept = [X, *model.parameters()], []
 
 
-def grows():
+def row_with_graph():
     row = autograd.grad(model(X)[4, 1], inputs, create_graph=True)
     kept.append(row[1].norm())
 
 
-def mended():
+def norm_of_row():
     row = autograd.grad(model(X)[4, 1], inputs, create_graph=True)
     kept.append(row[1].norm().item())  # or .detach(), for a tensor
 
 
-mend("a row with create_graph", grows, mended)
+mend("a row with create_graph", row_with_graph, norm_of_row)
 
 # %%
 # In ``torch.func``, parameters that are not detached do the same: the Jacobian then
 # has a graph of its own.
 
 
-def grows():
+def jacobian_with_graph():
     J = recipe(model)[0](dict(model.named_parameters()), X)
     kept.append(J["0.weight"].norm())
 
 
-def mended():
+def jacobian_alone():
     kept.append(vmap_jacrev(model, X.detach())["0.weight"].norm())
 
 
-mend("parameters not detached", grows, mended)
+mend("parameters not detached", jacobian_with_graph, jacobian_alone)
 
 # %%
 # The last backward pass frees the graph, if it does not retain it. With the outputs in
@@ -516,6 +508,7 @@ def rows_of_sums(last):
 
 
 mend("graph retained", lambda: rows_of_sums(True), lambda: rows_of_sums(False))
+assert not any(kept_bytes(lambda: [rows_of_sums(True), kept.pop()]))
 
 # %%
 # ``p.grad_batch`` is overwritten in each pass, and grows only in your lists. ``extend``
@@ -526,43 +519,43 @@ weight, inputs_too = extended[0].weight, [X, *extended.parameters()]
 hooks = [len(module._forward_hooks) for module in extended]
 
 
-def grows():
+def blocks_in_a_list():
     with backpack(BatchGrad()):
         autograd.grad(extend(extended)(X)[:, 1].sum(), inputs_too)
     kept.append(weight.grad_batch)
 
 
-def mended():
-    grows()
+def norms_in_a_list():
+    blocks_in_a_list()
     kept[-1] = weight.grad_batch.norm().item()
     del weight.grad_batch
 
 
-mend("grad_batch in a list", grows, mended)
+mend("grad_batch in a list", blocks_in_a_list, norms_in_a_list)
 assert hooks == [len(module._forward_hooks) for module in extended]
 print("hooks of each module, after all these calls of extend:", hooks)
 
 # %%
 # ``backward(create_graph=True)`` makes a cycle of a parameter and its gradient, which
 # the garbage collector does not see. A model that is made anew in each iteration
-# never goes. PyTorch warns once. ``autograd.grad`` makes no cycle.
+# never goes. ``autograd.grad`` makes no cycle.
 
 
-def grows():
+def cycle():
     with warnings.catch_warnings(action="ignore"):  # of what we show
         mlp(50, 70, 3)(X).sum().backward(create_graph=True)
 
 
-def mended():
+def no_cycle():
     net = mlp(50, 70, 3)
     autograd.grad(net(X).sum(), list(net.parameters()), create_graph=True)
 
 
-mend("backward(create_graph)", grows, mended)
+mend("backward(create_graph)", cycle, no_cycle)
 
 # %%
-# All causes and how they end
-# ---------------------------
+# All causes in one picture
+# -------------------------
 # Each line is one cause. The mended loops are at the bottom.
 
 # fold: How the figure is drawn
@@ -573,9 +566,10 @@ for color, (cause, (grown, flat)) in zip(colors, causes.items()):
     ax.plot(steps, [b / 1e3 for b in grown], "o-", color=color, lw=4, label=cause)
     ax.plot(steps, [b / 1e3 for b in flat], "k:", lw=4)
 ax.plot([], "k:", lw=4, label="the same, mended")
-ax.set(xlabel="iteration", ylabel="kept memory [kB]", yscale="symlog")
-ax.set_title("Five loops that keep memory, and the same ones mended")
-ax.legend()
+ax.set_yscale("symlog", linthresh=10)  # linear from 0 to 10, then logarithmic
+ax.set(xlabel="iteration", ylabel="kept memory [kB]")
+ax.set_title("Five loops that keep memory, and the same mended")
+fig.legend(loc="outside lower center", ncols=2)
 plt.show()
 gc.unfreeze()
 torch.set_num_threads(threads)
