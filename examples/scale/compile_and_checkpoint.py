@@ -248,7 +248,7 @@ function, values = recipe(in_place)
 assert_close(function(values, X[:8]), jacobian(params, X[:8]))
 print("names:", *values)
 torch.compiler.reset()
-folder.cleanup()
+folder.cleanup()  # nothing of the compiler is left
 del os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 # %%
@@ -556,7 +556,8 @@ mend("backward(create_graph)", cycle, no_cycle)
 # %%
 # All causes in one picture
 # -------------------------
-# Each line is one cause. The mended loops are at the bottom.
+# Each line is one cause. The mended loops are at the bottom. One of them rises, because
+# it keeps its outputs.
 
 # fold: How the figure is drawn
 
