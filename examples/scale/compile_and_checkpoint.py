@@ -74,6 +74,7 @@ def compiled_and_called(function, *args, **options):
             return compiled, compiled(*args), timer() - start
         except Exception as error:  # on a CPU, it takes a C++ compiler
             print(f"{type(error).__name__}: not compiled, traced only")
+            start = timer()
             compiled = torch.compile(function, backend="aot_eager", **options)
             return compiled, compiled(*args), timer() - start
 
