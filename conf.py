@@ -45,6 +45,7 @@ tutorial_order = {
         "layer_structure",
         "universal_jacobian",
         "neural_tangent_kernel",
+        "compile_and_checkpoint",
         "distributed_jacobians",
     ],
     "use": [
