@@ -154,6 +154,30 @@ def test_real_sizes(name, seed, check, loop):
             check(model, X, truth | {block: wrong})
 
 
+@pytest.mark.parametrize("N", [64, 4096])
+def test_samples_that_mix_a_little_are_caught_at_any_number(N, check, page):
+    """The norm of J grows with ``N``, and what is lost in it does not."""
+
+    class Centered(nn.Sequential):
+        def forward(self, X):
+            return super().forward(X - 1e-3 * X.mean(0))
+
+    model, X = Centered(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3)), torch.rand(N, 8)
+    J = page["vmap_jacrev"](model, X)
+    with pytest.raises(AssertionError, match="0.weight"):
+        check(model, X, J)
+
+
+def test_works_with_another_default_device(check, loop):
+    model, X = deep(lambda: nn.Linear(24, 24), nn.Tanh, 2)
+    jacobian = loop(model, X)
+    torch.set_default_device("meta")
+    try:
+        check(model, X, jacobian)
+    finally:
+        torch.set_default_device(None)
+
+
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_rounded_products_are_no_false_alarm(precision, check, page, monkeypatch):
     model, X = deep(lambda: nn.Linear(24, 24), nn.Tanh, 3)

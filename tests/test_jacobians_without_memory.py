@@ -1,10 +1,11 @@
 """Plan, chunks, streams and products, on models that the page lacks, and bad input."""
 
 import copy
+import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import autograd, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -62,6 +63,23 @@ def keeping():
     return model
 
 
+def complex_power(m, X):
+    return (torch.exp(1j * X) @ m.w).abs() ** 2 + m.b(X)
+
+
+def solve(m, X):
+    """A function whose derivative is wrong inside ``torch.no_grad`` and ``vmap``."""
+    matrices = 5 * torch.eye(4) + m.a.weight + X[:, :, None] * X[:, None]
+    return m.b(torch.linalg.solve(matrices, X))
+
+
+def residual(m, X):
+    """A residual as of a PINN, with a gradient inside."""
+    u = m.b(torch.tanh(m.a(X)))
+    (slope,) = autograd.grad(u.sum(), X, create_graph=True)
+    return u + slope[:, :1]
+
+
 def half_frozen():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, C))
     model[0].bias.requires_grad_(False)
@@ -89,6 +107,19 @@ MODELS = {
         ),
         (4,),
     ),
+    "complex": (
+        lambda: Own(
+            complex_power,
+            w=nn.Parameter(torch.randn(4, C, dtype=torch.cdouble)),
+            b=nn.Linear(4, C),
+        ),
+        (4,),
+    ),
+    "solve": (lambda: Own(solve, a=nn.Linear(4, 4), b=nn.Linear(4, C)), (4,)),
+    "gradient inside": (
+        lambda: Own(residual, a=nn.Linear(4, 7), b=nn.Linear(7, C)),
+        (4,),
+    ),
 }
 
 
@@ -109,7 +140,7 @@ def state(model, X):
 
 def test_chunks_sums_and_products_are_right(model_and_inputs, names):
     model, X = model_and_inputs
-    J = names["autograd_loop"](copy.deepcopy(model), X)
+    J = names["autograd_loop"](copy.deepcopy(model), X.clone().requires_grad_())
     before = state(model, X)
     for n, c, chunk in names["jacobian_chunks"](model, X, (2, 2)):
         assert_close(chunk, {name: block[n, c] for name, block in J.items()})
@@ -118,14 +149,107 @@ def test_chunks_sums_and_products_are_right(model_and_inputs, names):
     assert_close(out, J)
     squares = {name: block.square().sum((0, 1)) for name, block in J.items()}
     assert_close(names["gram_diagonal"](model, X, (2, 1)), squares)
-    u, v = torch.rand(N, C), {k: torch.rand(block.shape[2:]) for k, block in J.items()}
-    J_v = sum(torch.einsum("nc...,...->nc", J[name], v[name]) for name in J)
+    u, v = torch.rand(N, C), {k: torch.rand_like(b[0, 0]) for k, b in J.items()}
+    J_v = sum((J[k] * v[k].conj()).real.reshape(N, C, -1).sum(2) for k in J)
     assert_close(names["jacobian_product"](model, X, v), J_v)
-    J_u = {name: torch.einsum("nc,nc...->...", u, block) for name, block in J.items()}
+    J_u = {k: torch.tensordot(u.to(block.dtype), block, 2) for k, block in J.items()}
     assert_close(names["transposed_product"](model, X, u), J_u)
     after = state(model, X)
     assert_close(after[0], before[0], rtol=0, atol=0)
     assert after[1:] == before[1:]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_all_of_it_works_where_gradients_are_off(mode, names):
+    model, X = MODELS["solve"][0](), torch.rand(N, 4)
+    J = names["autograd_loop"](model, X)
+    v = {name: torch.rand_like(block[0, 0]) for name, block in J.items()}
+    out = {name: torch.full_like(block, torch.nan) for name, block in J.items()}
+    J_v = names["jacobian_product"](model, X, v)
+    J_u = names["transposed_product"](model, X, J_v)
+    with mode():
+        names["write_jacobian"](model, X.clone(), out, (2, 2))
+        assert_close(out, J)
+        copies = {name: tensor.clone() for name, tensor in v.items()}
+        assert_close(names["jacobian_product"](model, X.clone(), copies), J_v)
+        assert_close(names["transposed_product"](model, X.clone(), J_v.clone()), J_u)
+        assert names["memory_plan"](model, X.clone(), 1e9)["samples"] == N
+
+
+def test_models_that_have_run_and_keep_tensors_of_the_graph(names):
+    with warnings.catch_warnings(action="ignore"):
+        normed = nn.utils.weight_norm(nn.Linear(4, C))
+    for model in keeping(), normed:
+        X = torch.rand(N, 4)
+        fs = model(X)
+        with pytest.raises(RuntimeError, match="deepcopy"):
+            copy.deepcopy(model)
+        J = {k: torch.zeros(N, C, *p.shape) for k, p in model.named_parameters()}
+        names["write_jacobian"](model, X, J, (2, C))
+        J_u = names["transposed_product"](model, X, torch.ones(N, C))
+        names["jacobian_product"](model, X, J_u)
+        names["memory_plan"](model, X, 1e9)
+        params = list(model.parameters())
+        grads = autograd.grad(fs.sum(), params)  # its graph is as it was
+        assert_close(J_u, dict(zip(J, grads)))
+        assert_close({k: block.sum((0, 1)) for k, block in J.items()}, J_u)
+
+
+class InPlace(nn.Linear):
+    def forward(self, X):
+        return super().forward(X.mul_(0.5))
+
+
+def test_plan_leaves_the_inputs(names):
+    model, X = InPlace(4, C), torch.rand(N, 4)
+    before = X.clone()
+    names["memory_plan"](model, X, 1e9)
+    assert_close(X, before, rtol=0, atol=0)
+
+
+def test_plan_of_many_outputs_counts_what_they_need(names):
+    """A few parameters before a thousand outputs: the peak is many times J."""
+    shift = nn.Parameter(torch.rand(4))
+    last = nn.Linear(4, 1000).requires_grad_(False)
+    model = Own(lambda m, X: m.last(torch.tanh(X + m.shift)), shift=shift, last=last)
+    plan = names["memory_plan"](model, torch.rand(N, 4), 1e9)
+    peak = names["peak_bytes"](names["vmap_jacrev"], model, torch.rand(N, 4))
+    assert plan["peak"] == pytest.approx(peak, rel=0.1)
+    assert peak > 50 * plan["bytes"]
+
+
+class Recurrent(nn.LSTM):
+    def forward(self, X):
+        return super().forward(X)[0][:, -1]
+
+
+def test_product_of_layers_without_a_rule_for_forward_mode(names):
+    torch.set_default_dtype(torch.float32)
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
+    encoder = nn.Sequential(layer, nn.Flatten(), nn.Linear(28, C)).eval()
+    for model in Recurrent(4, C, batch_first=True), encoder:
+        X = torch.rand(N, 7, 4)
+        J = names["autograd_loop"](model, X)
+        v = {name: torch.rand_like(block[0, 0]) for name, block in J.items()}
+        J_v = sum((J[name] * v[name]).flatten(2).sum(2) for name in J)
+        assert_close(names["jacobian_product"](model, X, v), J_v)
+    bag, words = nn.EmbeddingBag(9, C), torch.randint(9, (N, 2))
+    with pytest.raises(NotImplementedError, match="_embedding_bag_backward"):
+        names["jacobian_product"](bag, words, {"weight": torch.rand(9, C)})
+
+
+def test_sparse_gradients(names):
+    embed = nn.Embedding(9, 4)
+    model, X = (
+        nn.Sequential(embed, nn.Flatten(), nn.Linear(8, C)),
+        torch.randint(9, [N, 2]),
+    )
+    J = names["autograd_loop"](model, X)
+    embed.sparse = True
+    for n, c, chunk in names["jacobian_chunks"](model, X, (2, 2)):
+        assert_close(chunk, {name: block[n, c] for name, block in J.items()})
+    J_u = names["transposed_product"](model, X, torch.ones(N, C))
+    assert_close(J_u, {name: block.sum((0, 1)) for name, block in J.items()})
 
 
 def test_plan_counts_bytes_and_says_how_many_samples_fit(names):
@@ -151,6 +275,12 @@ def test_real_size_in_float32_is_no_false_alarm(names):
     assert rows == len(X)
 
 
+def act_norm(m, X):
+    if not m.ready:
+        m.shift.data, m.ready = X.detach().mean(0), True
+    return m.a(X - m.shift)
+
+
 MIXING = {
     "softmax over samples": lambda: nn.Sequential(nn.Linear(4, C), nn.Softmax(0)),
     "batch norm, training": lambda: nn.Sequential(nn.Linear(4, C), nn.BatchNorm1d(C)),
@@ -158,6 +288,9 @@ MIXING = {
         lambda m, X: m.a(X - 1e-3 * X.mean(0)).tanh(), a=nn.Linear(4, C)
     ),
     "dropout": lambda: nn.Sequential(nn.Linear(4, 9), nn.Dropout(), nn.Linear(9, C)),
+    "set by the first batch": lambda: Own(
+        act_norm, a=nn.Linear(4, C), shift=nn.Parameter(torch.zeros(4)), ready=False
+    ),
 }
 
 
@@ -219,6 +352,21 @@ def test_bad_input_raises(message, names):
     make, X = BAD[message]
     with pytest.raises(ValueError, match=message):
         next(names["jacobian_chunks"](make(), X.double(), (2, C)))
+
+
+@pytest.mark.parametrize("size", [(-1, 2), (2, -1), (0, 2), (2, 0)])
+def test_bad_sizes_raise(size, names):
+    model, X = nn.Linear(4, C), torch.rand(N, 4)
+    out = {k: torch.zeros(N, C, *p.shape) for k, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"size must be two positive numbers"):
+        names["write_jacobian"](model, X, out, size)
+
+
+def test_product_names_what_is_not_finite(names):
+    model, X = nn.Linear(4, C), torch.full((N, 4), torch.nan)
+    v = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"model\(X\) is not finite"):
+        names["jacobian_product"](model, X, v)
 
 
 def test_bad_shapes_raise_and_name_them(names):

@@ -1,11 +1,12 @@
 """Kernel, factors and norms, on models that the page lacks, and bad input."""
 
 import copy
+import warnings
 from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import autograd, nn
 from torch.nn.utils import prune
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -250,6 +251,102 @@ def test_real_sizes_in_float32_keep_their_factors(names):
         error = names["ntk"](model, X).double() - inner(J, J)
         assert error.norm() < 1e-5 * inner(J, J).norm()
     assert len(names["jacobian_factors"](wide, X)[0]) == 2
+
+
+def keep(m, X):
+    m.kept = m.a(X)
+    return m.kept
+
+
+def test_models_that_have_run_and_keep_tensors_of_the_graph(names):
+    with warnings.catch_warnings(action="ignore"):
+        normed = nn.utils.weight_norm(nn.Linear(4, C))
+    for model in Own(keep, a=nn.Linear(4, C)), normed:
+        X = torch.rand(N, 4)
+        fs = model(X)
+        with pytest.raises(RuntimeError, match="deepcopy"):
+            copy.deepcopy(model)
+        K, norms = names["ntk"](model, X), names["squared_norms"](model, X)
+        fs.sum().backward()  # its graph is as it was
+        J = rows(names, model, X)
+        assert_close(K, inner(J, J))
+        assert_close(norms, J.square().sum(2))
+
+
+def residual(m, X):
+    """A residual as of a PINN, with a gradient inside."""
+    u = m.b(torch.tanh(m.a(X)))
+    (slope,) = autograd.grad(u.sum(), X, create_graph=True)
+    return u + slope[:, :1]
+
+
+def test_gradient_inside(names):
+    model, X = Own(residual, a=nn.Linear(4, 7), b=nn.Linear(7, C)), torch.rand(N, 4)
+    J = rows(names, model, X.clone().requires_grad_())
+    assert_close(names["ntk"](model, X), inner(J, J))
+    out = torch.empty(N, C, N, C)
+    names["write_ntk"](model, X, out, 2)
+    assert_close(out, inner(J, J))
+
+
+def test_sparse_gradients(names):
+    words = nn.Embedding(9, 4)
+    model, X = nn.Sequential(words, nn.Flatten(), nn.Linear(8, C)), torch.arange(8)
+    X = X.view(4, 2)
+    J = rows(names, model, X)
+    words.sparse = True
+    assert_close(names["ntk"](model, X), inner(J, J))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_on_inside(mode, names):
+    model, X = partly_frozen(), torch.rand(N, 4)
+    J, out = rows(names, model, X), torch.empty(N, C, N, C)
+    with mode():
+        assert_close(names["ntk"](model, X.clone()), inner(J, J))
+        names["write_ntk"](model, X.clone(), out, 2)
+        assert_close(names["squared_norms"](model, X.clone()), J.square().sum(2))
+    assert_close(out, inner(J, J))
+
+
+def test_embedding_of_many_words_has_factors(names):
+    """Its blocks would take 15 times as many numbers."""
+    model = nn.Sequential(nn.Embedding(4000, 16), nn.Flatten(), nn.Linear(48, C))
+    factors, blocks = names["jacobian_factors"](model, torch.randint(4000, (N, 3)))
+    assert set(factors) == {("0.weight",), ("2.weight", "2.bias")} and not blocks
+    numbers = sum(t.numel() for pair in factors.values() for t in pair)
+    assert 15 * numbers < N * C * sum(p.numel() for p in model.parameters())
+
+
+def test_one_type_under_autocast(names):
+    torch.set_default_dtype(torch.float32)
+    wide = nn.Linear(4, 30), nn.LayerNorm(30), nn.Linear(30, 20), nn.Linear(20, C)
+    model, X = nn.Sequential(*wide), torch.rand(N, 4)
+    J = rows(names, model, X)
+    with torch.autocast("cpu", torch.bfloat16):
+        factors, blocks = names["jacobian_factors"](model, X)
+        K = names["ntk"](model, X)
+    tensors = [*sum(factors.values(), []), *blocks.values()]
+    assert {tensor.dtype for tensor in [*tensors, K]} == {torch.bfloat16}
+    assert (K - inner(J, J)).norm() < 0.05 * inner(J, J).norm()
+
+
+def act_norm(m, X):
+    if not m.ready:
+        m.shift.data, m.ready = X.detach().mean(0), True
+    return m.a(X - m.shift)
+
+
+def test_tiles_of_a_model_that_its_first_batch_sets_raise(names):
+    shift, out = nn.Parameter(torch.zeros(4)), torch.zeros(N, N)
+    model = Own(act_norm, a=nn.Linear(4, C), shift=shift, ready=False)
+    X = torch.rand(N, 4)
+    with pytest.raises(ValueError, match="samples influence each other"):
+        names["write_ntk"](model, X, out, 2)
+    assert not (out.any() or shift.any() or model.ready)
+    J = rows(names, copy.deepcopy(model), X)
+    assert_close(names["ntk"](model, X), inner(J, J))
+    assert not (shift.any() or model.ready)
 
 
 BAD = {

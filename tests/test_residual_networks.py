@@ -266,6 +266,18 @@ def test_influence_of_earlier_samples_has_the_output_in_the_row(names):
     assert_close(influence, torch.ones(4, 4).tril() * model.weight.detach().norm())
 
 
+def test_influence_of_a_model_that_works_in_place_leaves_the_inputs(names):
+    class InPlace(nn.Linear):
+        def forward(self, X):
+            return super().forward(X.mul_(0.5))
+
+    model, X = InPlace(3, 2), torch.rand(5, 3)
+    before = X.clone()
+    influence = names["sample_influence"](model, X)
+    assert_close(influence, torch.eye(5) * 0.5 * model.weight.detach().norm())
+    assert_close(X, before, rtol=0, atol=0)
+
+
 def test_influence_with_batch_norm_keeps_the_statistics(names):
     model, X = ready(*bottleneck())
     before = copy.deepcopy(model.train().state_dict())

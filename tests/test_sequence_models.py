@@ -123,6 +123,15 @@ def reproducible():
     torch.set_default_dtype(before)
 
 
+def test_batched_pass_follows_the_device(names):
+    layer, X = nn.Linear(3, 2, device="meta"), torch.rand(4, 3, device="meta")
+    J = names["grads_batched"](layer, X)
+    assert [(block.device.type, block.shape) for block in J.values()] == [
+        ("meta", (4, 2, 2, 3)),
+        ("meta", (4, 2, 2)),
+    ]
+
+
 @pytest.fixture
 def compute(names):
     """Return a function that calls a function and checks what it leaves behind."""
@@ -172,6 +181,20 @@ def test_sample_loop_raises_where_gradients_mix(compute):
     model = nn.Sequential(nn.Embedding(9, 4, scale_grad_by_freq=True), nn.Linear(4, 3))
     with pytest.raises(ValueError, match="scale_grad_by_freq"):
         compute("sample_loop_jacobian", model, words())
+
+
+def test_sample_loop_keeps_what_is_not_finite_to_its_sample(names):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    X = torch.rand(4, 3)
+    expected = reference(model, X)
+    X[2, 1] = torch.nan
+    others = [0, 1, 3]
+    J = names["sample_loop_jacobian"](model, X)
+    assert J["0.weight"][2].isnan().any()
+    assert_close(
+        {k: b[others] for k, b in J.items()},
+        {k: b[others] for k, b in expected.items()},
+    )
 
 
 def test_sample_loop_takes_batch_norm_in_eval_mode(compute, names):

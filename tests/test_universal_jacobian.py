@@ -498,7 +498,14 @@ def wide_mlp():
     return mlp(64, 128, 10), torch.rand(32, 64)
 
 
+def attention():
+    """Return a kernel of which vmap warns that it is slow, which is no failure."""
+    layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0, batch_first=True)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(96, 5)), torch.rand(16, 6, 16)
+
+
 FIELD = {
+    attention: "vmap(jacrev)",
     pooled_cnn: "vmap(jacrev)",
     shifted_norm: "vmap(jacrev)",
     sigmoids: "vmap(jacrev)",

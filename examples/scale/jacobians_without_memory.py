@@ -243,6 +243,14 @@ def unchanged(model):
                 now.data.copy_(before)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
+def shape_of_outputs(model, X):
+    """Return the shape of ``model(X)``, which may differentiate by its inputs."""
+    with unchanged(model):
+        return outputs(model, *differentiable(trainable(model), X)).shape
+
+
 # %%
 # ``available`` is up to you: ``torch.cuda.mem_get_info()[0]`` on a GPU, and on a CPU
 # what the system or the container leaves to your process.
@@ -255,12 +263,11 @@ def memory_plan(model, X, available):
     ``samples`` whose rows fit into ``available`` bytes at once. Raises what ``vmap``
     raises, and ``ValueError`` if ``model(X)`` is not ``[N, C]``.
     """
-    params, few = trainable(model), X[:2].detach()
-    with unchanged(model), torch.no_grad():
-        C = outputs(model, params, few).shape[1]
+    _, C = shape_of_outputs(model, X[:2])
+    few = X[:2].detach().clone()
     with unchanged(model):
         sample = peak_bytes(vmap_jacrev, model, few) / len(few)
-    size = len(X) * C * sum(p.nbytes for p in params.values())
+    size = len(X) * C * sum(p.nbytes for p in trainable(model).values())
     samples = min(len(X), int(available // sample))
     return {"bytes": size, "peak": int(len(X) * sample), "samples": samples}
 
@@ -287,6 +294,8 @@ for name, (model, X) in large.items():
 # in a softmax over the batch, a chunk is no part of ``J``: ``samples_apart`` finds that
 # out before the first chunk, at the cost of a few gradients.
 
+# fold: samples_apart and checked_rows
+
 
 @torch.inference_mode(False)
 @torch.enable_grad()
@@ -297,18 +306,24 @@ def samples_apart(model, X, samples):
     of chunks of so many samples, whose norms estimate that of J. Raises ``ValueError``
     if samples influence each other, or ``fs`` is random, not finite or not ``[N, C]``.
     """
+    params = trainable(model)
+    leaves, X = differentiable(params, X)
     with unchanged(model):
-        leaves, X = differentiable(trainable(model), X)
-        fs = outputs(model, leaves, X)
-        if not fs.isfinite().all():
-            raise ValueError("model(X) is not finite")
-        u, sums = random_weights(fs), dict.fromkeys(leaves, (0, 0))
-        for x, weights in zip(X.split(samples), u.split(samples)):
+        fs = outputs(model, leaves, X).detach()
+    if not fs.isfinite().all():
+        raise ValueError("model(X) is not finite")
+    u, sums = random_weights(fs), dict.fromkeys(params, (0, 0))
+    for x, weights in zip(X.split(samples), u.split(samples)):
+        with unchanged(model):  # no chunk finds what another one wrote
+            leaves, x = differentiable(params, x)
             rows, values = outputs(model, leaves, x), leaves.values()
             grads = autograd.grad(rows, values, weights, materialize_grads=True)
             for (name, (total, size)), grad in zip(sums.items(), grads):
                 grad = grad.to_dense()
                 sums[name] = total + grad, math.hypot(size, norm(grad))
+    with unchanged(model):
+        leaves, X = differentiable(params, X)
+        fs = outputs(model, leaves, X)
         errors = errors_in_roundings(model, leaves, X, fs, u, sums)
     if wrong := [name for name, error in errors.items() if not error <= LIMIT]:
         raise ValueError(f"samples influence each other, or fs is random: {wrong}")
@@ -342,16 +357,28 @@ def checked_rows(model, X, c):
     return {name: block.detach().contiguous() for name, block in chunk.items()}
 
 
+# %%
+# With these, the function is a loop.
+
+
 def jacobian_chunks(model, X, size):
     """Yield ``n, c, {name: J[n, c]}``; ``size`` is how many samples and outputs.
 
     ``n`` and ``c`` are slices. Raises ``ValueError`` before the first chunk if samples
     of different chunks influence each other, and before a chunk that is wrong.
     """
+    if min(size) < 1:
+        raise ValueError(f"size must be two positive numbers, but is {size}")
     N, C = samples_apart(model, X, size[0])
     for i, k in product(range(0, N, size[0]), range(0, C, size[1])):
         n, c = slice(i, i + size[0]), slice(k, k + size[1])
         yield n, c, checked_rows(model, X[n], c)
+
+
+# %%
+# We compare the chunks with parts of ``J`` from one backward pass for each output.
+
+# fold: The autograd loop, slow and exact
 
 
 def autograd_loop(model, X):
@@ -364,6 +391,9 @@ def autograd_loop(model, X):
     blocks = [torch.stack(block).unflatten(0, fs.shape) for block in zip(*rows)]
     return dict(zip(params, blocks))
 
+
+# %%
+# Both the samples and the outputs can be split, and the last chunks may be smaller.
 
 N, C = 6, 4
 model, X = mlp(9, 8, 7, C), torch.rand(N, 9)
@@ -424,9 +454,7 @@ def write_jacobian(model, X, out, size):
     Raises ``ValueError`` before it writes if ``out`` has other names or shapes, and as
     ``jacobian_chunks`` does.
     """
-    params = trainable(model)
-    with unchanged(model), torch.no_grad():
-        N, C = outputs(model, params, X).shape
+    params, (N, C) = trainable(model), shape_of_outputs(model, X)
     refuse_other_shapes("out", out, {k: [N, C, *p.shape] for k, p in params.items()})
     for n, c, chunk in jacobian_chunks(model, X, size):
         for name, block in chunk.items():
@@ -452,11 +480,7 @@ with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
 # %%
 # Products with J and its transpose
 # ---------------------------------
-# ``J^T u``, with ``u [N, C]``, is one gradient. It is linear in ``u``, so its
-# derivative by ``u`` gives the other product, ``J v``: two backward passes, whatever
-# the size of ``J``. ``torch.func.jvp`` takes one pass, but has no rule for some layers,
-# and looks through ``torch.no_grad`` in a model without an error. A product fits the
-# other one if ``u . (J v) = v . (J^T u)``, and both sides are at hand.
+# ``J^T u``, with ``u [N, C]``, is one gradient.
 
 
 @torch.inference_mode(False)
@@ -469,6 +493,19 @@ def transposed_product(model, X, u):
         refuse_other_shapes("u", {"u": u}, {"u": fs.shape})
         grads = autograd.grad(fs, leaves.values(), u, materialize_grads=True)
     return {name: grad.to_dense() for name, grad in zip(leaves, grads)}
+
+
+u = torch.rand(N, C)
+J_u = {name: torch.einsum("nc,nc...->...", u, block) for name, block in J.items()}
+assert_close(transposed_product(model, X, u), J_u)
+print("J^T u agrees with the loop.")
+
+# %%
+# It is linear in ``u``, so its derivative by ``u`` gives the other product, ``J v``:
+# two backward passes, whatever the size of ``J``. ``torch.func.jvp`` takes one pass,
+# but has no rule for some layers, and looks through ``torch.no_grad`` in a model
+# without an error. A product fits the other one if ``u . (J v) = v . (J^T u)``, and
+# both sides are at hand.
 
 
 @torch.inference_mode(False)
@@ -484,10 +521,13 @@ def jacobian_product(model, X, v):
     with unchanged(model), sdpa_kernel(SDPBackend.MATH):  # which has derivatives
         leaves, X = differentiable(params, X)
         fs = outputs(model, leaves, X)
+        if not fs.isfinite().all():
+            raise ValueError("model(X) is not finite")
         u, options = random_weights(fs).requires_grad_(), {"materialize_grads": True}
         grads = autograd.grad(fs, leaves.values(), u, create_graph=True, **options)
         J_u = dict(zip(leaves, grads))
-        v_J_u = sum((v[name].conj() * J_u[name]).real.sum() for name in leaves)
+        v = {name: tensor.clone().conj() for name, tensor in v.items()}
+        v_J_u = sum((v[name] * J_u[name]).real.sum() for name in leaves)
         (J_v,) = autograd.grad(v_J_u, u)
     error = abs(v_J_u - (u * J_v).sum()).item()
     if not error <= torch.finfo(fs.dtype).eps ** 0.25 * norm(u) * norm(J_v):
@@ -495,15 +535,10 @@ def jacobian_product(model, X, v):
     return J_v
 
 
-v, u = (
-    {name: torch.rand_like(block[0, 0]) for name, block in J.items()},
-    torch.rand(N, C),
-)
+v = {name: torch.rand_like(block[0, 0]) for name, block in J.items()}
 J_v = sum(torch.einsum("nc...,...->nc", block, v[name]) for name, block in J.items())
-J_u = {name: torch.einsum("nc,nc...->...", u, block) for name, block in J.items()}
 assert_close(jacobian_product(model, X, v), J_v)
-assert_close(transposed_product(model, X, u), J_u)
-print("J v and J^T u agree with the loop.")
+print("J v agrees with the loop.")
 
 # %%
 # Peak memory and chunk_size

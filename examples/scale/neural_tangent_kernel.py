@@ -571,18 +571,24 @@ def samples_apart(model, X, samples):
     of chunks of so many samples, whose norms estimate that of J. Raises ``ValueError``
     if samples influence each other, or ``fs`` is random, not finite or not ``[N, C]``.
     """
+    params = trainable(model)
+    leaves, X = differentiable(params, X)
     with unchanged(model):
-        leaves, X = differentiable(trainable(model), X)
-        fs = outputs(model, leaves, X)
-        if not fs.isfinite().all():
-            raise ValueError("model(X) is not finite")
-        u, sums = random_weights(fs), dict.fromkeys(leaves, (0, 0))
-        for x, weights in zip(X.split(samples), u.split(samples)):
+        fs = outputs(model, leaves, X).detach()
+    if not fs.isfinite().all():
+        raise ValueError("model(X) is not finite")
+    u, sums = random_weights(fs), dict.fromkeys(params, (0, 0))
+    for x, weights in zip(X.split(samples), u.split(samples)):
+        with unchanged(model):  # no chunk finds what another one wrote
+            leaves, x = differentiable(params, x)
             rows, values = outputs(model, leaves, x), leaves.values()
             grads = autograd.grad(rows, values, weights, materialize_grads=True)
             for (name, (total, size)), grad in zip(sums.items(), grads):
                 grad = grad.to_dense()
                 sums[name] = total + grad, math.hypot(size, norm(grad))
+    with unchanged(model):
+        leaves, X = differentiable(params, X)
+        fs = outputs(model, leaves, X)
         errors = errors_in_roundings(model, leaves, X, fs, u, sums)
     if wrong := [name for name, error in errors.items() if not error <= LIMIT]:
         raise ValueError(f"samples influence each other, or fs is random: {wrong}")

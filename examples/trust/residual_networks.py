@@ -444,7 +444,7 @@ def sample_influence(model, X):
 
     def f(X):
         buffers = {name: b.clone() for name, b in model.named_buffers()}
-        return functional_call(model, (params, buffers), X)
+        return functional_call(model, (params, buffers), X.clone())
 
     J = jacrev(f)(X)  # [N, C, N, *X.shape[1:]]
     return J.flatten(3).norm(dim=(1, 3))
