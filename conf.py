@@ -86,11 +86,12 @@ take_away = {
     "verdicts": ("trust/layer_support", ["verdicts"]),
     "memory_plan": (
         "scale/jacobians_without_memory",
-        ["memory_plan", "jacobian_chunks"],
+        ["memory_plan", "jacobian_chunks", "write_jacobian"]
+        + ["transposed_product", "jacobian_product"],
     ),
     "ntk": (
         "scale/neural_tangent_kernel",
-        ["ntk", "jacobian_factors", "squared_norms"],
+        ["ntk", "write_ntk", "jacobian_factors", "squared_norms"],
     ),
 }
 # Local inventories of the names that the tutorials use: no request at build time.

@@ -34,7 +34,7 @@ LARGE = {
     "MLP 64-64-64-100": lambda: (mlp(64, 64, 64, 100), torch.rand(32, 64)),
 }
 FEW = "``N * C`` of at most ten", "`is_grads_batched <", "is_grads_batched"
-MOST = "Most models, in eval mode", "`vmap(jacrev) <", "vmap(jacrev)"
+MOST = "Most models, CNNs among them", "`vmap(jacrev) <", "vmap(jacrev)"
 WIDE = "Wide linear layers, at every step", "``out=``", "batched_jacobian, out="
 GUIDE = {  # case of the benchmark page: its row of the guide, what that names, and how
     "small MLP, N = 2, C = 1": FEW,  # this file calls it

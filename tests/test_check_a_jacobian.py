@@ -333,6 +333,7 @@ def bad_inputs():
     yield "ndim", model, X, J | {"bias": torch.zeros(4, 2)}, text
     yield "dtype", model, X, J | {"bias": J["bias"].double()}, "bias .*float64"
     yield "device", model, X, J | {"bias": J["bias"].to("meta")}, "bias .*meta"
+    yield "a tensor", model, X, J["bias"], "Jacobian is a dict by name, .* is a Tensor"
     yield "no X", model, X.tolist(), J, r"X must be a tensor \[N, ...\].*, but is list"
     yield "a number", model, X[0, 0], J, r"X must be a tensor .* but is \[\]"
     yield "no samples", model, X[:0], J, r"with N > 0, but is \[0, 3\]"

@@ -5,8 +5,8 @@ const link = (page, text) => `<a href="auto_examples/scale/${page}"><u>${text}</
 const batched = link("universal_jacobian.html#shortest-use", "batched_jacobian");
 const chunks = link("jacobians_without_memory.html#chunks-of-samples-and-outputs", "chunks");
 const products = link("jacobians_without_memory.html#products-with-j-and-its-transpose", "products");
-const factors = link("neural_tangent_kernel.html#factors-of-any-model", "factors");
-const pieces = `${chunks}, ${products} or ${factors}`;
+const factors = link("neural_tangent_kernel.html#kernel-of-two-batches", "factors");
+const pieces = `${chunks} (rows on disk, sums over J), ${products} (J v, J^T u) or ${factors} (J J^T)`;
 
 // Peaks that were measured, in sizes of J: of a method that returns J, and with out=.
 const PEAKS = { linear: [2, 1], other: [5.7, 3.4] };
@@ -50,7 +50,7 @@ function answer() {
   if (written * size <= limit) return `${takes} fits once: allocate it first, then write into it with ${batched} and out=, or in ${chunks}.`;
   return size <= limit
     ? `${takes} fits once, but not what a method needs beside it: allocate it first, then write into it in ${chunks}.`
-    : `${takes} does not fit: compute its ${pieces}, never all of it.`;
+    : `${takes} does not fit: compute ${pieces}, never all of it.`;
 }
 
 const show = () => { output.innerHTML = answer(); };

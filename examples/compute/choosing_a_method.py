@@ -417,6 +417,9 @@ def product_precision(fs):
 
 def check_blocks(blocks, fs, params):
     """Raise ``ValueError`` if ``blocks`` are not like the Jacobian of ``fs``."""
+    if not isinstance(blocks, dict):
+        kind = type(blocks).__name__
+        raise ValueError(f"a Jacobian is a dict by name, but this is a {kind}")
     if set(blocks) != set(params):
         got = list(blocks)
         raise ValueError(f"a Jacobian has the names {list(params)}, but this has {got}")

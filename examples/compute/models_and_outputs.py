@@ -27,11 +27,10 @@ _ = torch.manual_seed(0)
 # Write a function ``f(params, x)`` of *one* sample that returns what you want rows for:
 # a tensor, or a dict or tuple of tensors. ``vmap(jacrev(f))`` returns the same tree.
 # Each tensor in it, ``[N, ...]`` for the batch, becomes ``{name: [N, ..., *p.shape]}``.
-# This model has two heads.
+# Leave out what has no Jacobian, such as a loss ``None`` or integer predictions. This
+# model has two heads.
 
-SIZES = {"N": 6, "C": 4, "B": 13, "T": 5, "V": 11, "E": 8, "H": 9, "W": 7, "K": 2}
-SIZES |= {"A": 10, "D": 3, "M": 12}
-N, C, B, T, V, E, H, W, K, A, D, M = SIZES.values()
+N, C, B = 6, 4, 13
 
 
 class Heads(nn.Module):
@@ -66,6 +65,9 @@ for head, blocks in J.items():
 # One box is one axis. First come the axes of the outputs, then those of the parameter.
 # The page holds each kind below to its line in this table.
 
+T, V, E, H, W, K, A, D, M = 5, 11, 8, 9, 7, 2, 10, 3, 12
+SIZES = {"N": N, "C": C, "B": B, "T": T, "V": V, "E": E, "H": H, "W": W, "K": K}
+SIZES |= {"A": A, "D": D, "M": M}
 KINDS = {
     "vector": "N C",
     "second head": "N B",

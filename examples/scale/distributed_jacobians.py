@@ -290,7 +290,7 @@ ax.bar_label(bars, fmt="%.0f MB", padding=3)
 ax.invert_yaxis()
 ax.set(xlabel="MB in one process", xlim=(0, 1.15 * max(megabytes)))
 _, one, two = megabytes
-ax.set_title(f"Kernel: {one:.0f} MB on one rank, {two:.0f} MB on each of two")
+ax.set_title(f"Kernel: {one:.0f} MB on one rank, {two:.0f} MB each on two")
 plt.show()
 
 # %%

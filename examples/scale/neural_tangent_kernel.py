@@ -424,9 +424,9 @@ def jacobian_factors(model, X, structure=True):
 # %%
 # Kernel of two batches
 # ---------------------
-# A pair of samples with ``T`` and ``S`` positions needs ``T S (I + C C O)`` operations
-# from factors and ``C C O I`` from blocks. ``add_factors`` counts, and takes the
-# cheaper one. Of a kernel of one batch with itself, ``tiles`` visits one half.
+# A pair of samples with ``T`` and ``S`` positions needs ``T S (I + C O) + C C T O``
+# operations from factors and ``C C O I`` from blocks. ``add_factors`` counts, and takes
+# the cheaper one. Of a kernel of one batch with itself it computes one half.
 
 # fold: How the kernel is summed up
 
@@ -541,6 +541,12 @@ cases = {
     "images": (small_cnn(8, C), torch.rand(N, 1, 8, 8), torch.rand(5, 1, 8, 8)),
     "words": (Tagger(), torch.randint(50, (N, 3)), torch.randint(50, (5, 3))),
 }
+
+# %%
+# ``ntk`` takes any model with outputs ``[N, C]``: call its ``eval()`` first. If samples
+# mix, as for batch norm in training mode, blocks come from the definition, and take
+# long. If ``fs`` is random, as for dropout, each call returns another kernel.
+
 for title, (case, X_case, Z_case) in cases.items():
     J, J_Z = autograd_loop(case, X_case), autograd_loop(case, Z_case)
     K_XZ = ntk(case, X_case, Z_case)
@@ -612,6 +618,9 @@ def write_ntk(model, X, out, samples):
         else:
             out[n, :, m], out[m, :, n] = tile, tile.permute(2, 3, 0, 1)
 
+
+# %%
+# The file to download has it, too: ``from ntk import ntk, write_ntk``.
 
 case, X_case, _ = cases["words"]
 K = ntk(case, X_case)
@@ -744,7 +753,7 @@ ax.axvline(1, color="black")
 ax.set(
     xscale="log", xlabel="times as fast as torch.func's contraction", ylim=(2.5, -0.5)
 )
-ax.legend(loc="center right")
+fig.legend(loc="outside lower center", ncols=3)
 _, of_mlp, of_cnn = ratios.values()
 title = f"NTK from factors: {of_mlp:.0f} times as fast on an MLP, {of_cnn:.1f} on a CNN"
 ax.set_title(title, loc="right")

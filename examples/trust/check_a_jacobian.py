@@ -250,6 +250,9 @@ def product_precision(fs):
 
 def check_blocks(blocks, fs, params):
     """Raise ``ValueError`` if ``blocks`` are not like the Jacobian of ``fs``."""
+    if not isinstance(blocks, dict):
+        kind = type(blocks).__name__
+        raise ValueError(f"a Jacobian is a dict by name, but this is a {kind}")
     if set(blocks) != set(params):
         got = list(blocks)
         raise ValueError(f"a Jacobian has the names {list(params)}, but this has {got}")
@@ -310,9 +313,11 @@ def check_jacobian(model, X, jacobian, seed=0):
 # %%
 # Your own model
 # --------------
-# Put in your model, your ``X`` of shape ``[N, ...]``, and the Jacobian that your method
-# returned, as ``{name: [N, C, *p.shape]}``. A model with random numbers has to be in
-# ``eval()``.
+# Download the function above, and ``from check_jacobian import check_jacobian``. Put in
+# your model, your ``X`` of shape ``[N, ...]``, and your Jacobian as
+# ``{name: [N, C, *p.shape]}``: of a list of blocks that is
+# ``dict(zip(dict(model.named_parameters()), blocks))``. A model with random numbers has
+# to be in ``eval()``.
 
 model, X = mlp(12, 20, 8, 4), torch.rand(16, 12)
 J = vmap_jacrev(model, X)

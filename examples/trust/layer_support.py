@@ -288,8 +288,8 @@ for method, verdict in verdicts(model, X).items():
     print(f"{method}: {verdict}")
 
 # %%
-# The cases
-# ---------
+# The 105 cases
+# -------------
 # A case is a function that returns a fresh ``(model, X)``. Most are a first layer, the
 # layer in question, and a linear layer, so that each method has to pass the layer in
 # question. The forward pass that finds the last width also fills the running

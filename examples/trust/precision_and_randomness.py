@@ -4,7 +4,8 @@ Precision and randomness
 
 After this page you know how many digits your Jacobian has in each precision, which
 switches of a GPU take digits away, why two right methods differ, and what dropout does
-to a Jacobian. You can compare two methods on the same dropout masks.
+to a Jacobian. In short: compute it in float32 without autocast, after ``eval()``, and
+compare methods in float64.
 """
 
 import copy
@@ -147,8 +148,8 @@ fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", nco
 plt.show()
 
 # %%
-# ReLU that switches
-# ------------------
+# bfloat16 switches ReLUs on and off
+# ----------------------------------
 # The derivative of a ReLU jumps from 0 to 1. Where rounding moves its input across
 # zero, an entry of ``J`` is not rounded, but another one. The bias before the last ReLU
 # of the MLP shows it: an entry of its block is zero, or one weight of the last layer.
@@ -309,8 +310,8 @@ print(f"norm in float32: error {off:.0e}, autocast off: error {none:.0e}")
 assert none < 1e-5 < off < 1e-2
 
 # %%
-# TF32
-# ----
+# TF32 rounds factors to 10 bits
+# ------------------------------
 # NVIDIA GPUs from Ampere on can round the factors of ``float32`` products to TF32: the
 # range of ``float32``, and 10 bits after the leading one, as many as ``float16``. Sums
 # stay ``float32``. Rounding to ``float16`` shows on any machine what that does to a
@@ -409,8 +410,8 @@ else:
     raise AssertionError("vmap draws random numbers")
 
 # %%
-# same, different, eval
-# ---------------------
+# Which randomness: same, different, or eval
+# ------------------------------------------
 # ``"same"`` drops the same units for all samples: the Jacobian of one thinner network.
 # ``"different"`` draws for each sample, as a forward pass in training mode does. After
 # ``eval()`` nothing is dropped: the network that predicts, and most often the one you
