@@ -45,7 +45,8 @@ tutorial_order = {
         "layer_structure",
         "universal_jacobian",
         "neural_tangent_kernel",
-        "compile_and_checkpoint",
+        "compiled_jacobians",
+        "checkpoints_and_growing_memory",
         "distributed_jacobians",
     ],
     "use": [

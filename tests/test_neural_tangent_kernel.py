@@ -171,6 +171,16 @@ def test_structure_serves_wide_layers(names):
     assert not dense[0] and set(dense[1]) == set(dict(model.named_parameters()))
 
 
+def test_parameters_that_are_written_in_each_call(names):
+    def masked(m, X):
+        m.layer.weight.data *= torch.arange(4) < 3
+        return m.layer(X)
+
+    model, X = Own(masked, layer=nn.Linear(4, C)), torch.rand(N, 4)
+    K = names["ntk"](model, X)
+    assert_close(K, inner(*[rows(names, model, X)] * 2))
+
+
 class Mean(nn.Module):
     """Linear layers for each position, and the mean over positions."""
 

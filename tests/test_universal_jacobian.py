@@ -453,6 +453,28 @@ def test_random_models_draw_as_the_model_does(jacobian):
     assert_close(dict(J), expected)
 
 
+class Masked(nn.Linear):
+    """A layer that masks its weight in each call, as masked convolutions do."""
+
+    mask = torch.arange(4) < 3
+
+    def forward(self, X):
+        self.weight.data *= self.mask
+        return super().forward(X)
+
+
+def test_parameters_that_are_written_in_each_call(jacobian, size):
+    model, X = nn.Sequential(Masked(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.rand(6, 4)
+    before = state(model, X)
+    J = jacobian(model, X)
+    assert J.method == "sample by sample"
+    assert_same(state(model, X), before)
+    plain = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    plain.load_state_dict(model.state_dict())
+    plain[0].weight.data *= Masked.mask
+    assert_close(dict(J), definition(plain, X))
+
+
 def test_data_parallel_raises(jacobian):
     model, X = nn.DataParallel(mlp(4, 5, 3)), torch.rand(6, 4)
     with pytest.raises(ValueError, match=r"pass the model inside, model\.module"):

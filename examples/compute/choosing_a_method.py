@@ -167,7 +167,8 @@ def batched_jacobian(model, X, *, out=None, method=None):
     with unchanged(model):
         leaves, X = differentiable(params, X)
         layers = linear_layers(model, len(X))
-        fs = None if method and out is None else outputs(model, leaves, X)
+        copies = {name: p.clone() for name, p in leaves.items()}  # the model may write
+        fs = None if method and out is None else outputs(model, copies, X)
         if fs is not None and not fs.isfinite().all():
             raise ValueError("model(X) is not finite")
         if out is not None:

@@ -391,7 +391,8 @@ def jacobian_factors(model, X, structure=True):
     left, factors, blocks = list(trainable(model)), {}, {}
     with unchanged(model):
         leaves, X = differentiable(trainable(model), X)
-        fs = outputs(model, leaves, X)
+        copies = {name: p.clone() for name, p in leaves.items()}  # the model may write
+        fs = outputs(model, copies, X)
         if fs.is_complex() or not fs.isfinite().all():
             raise ValueError("model(X) is not real and finite")
         u = random_weights(fs)

@@ -58,7 +58,8 @@ def batched_jacobian(model, X, *, out=None, method=None):
     with unchanged(model):
         leaves, X = differentiable(params, X)
         layers = linear_layers(model, len(X))
-        fs = None if method and out is None else outputs(model, leaves, X)
+        copies = {name: p.clone() for name, p in leaves.items()}  # the model may write
+        fs = None if method and out is None else outputs(model, copies, X)
         if fs is not None and not fs.isfinite().all():
             raise ValueError("model(X) is not finite")
         if out is not None:
@@ -436,7 +437,7 @@ cases = {
     "attention": (nn.Sequential(encoder, nn.Flatten()), torch.rand(N, 2, 6)),
     "tied weight": (Tied(), torch.randint(9, (N, 4))),
     "batch norm, training": (nn.Sequential(layer, nn.BatchNorm1d(10)), X),
-    "wide layers": (nn.Sequential(nn.Linear(10, 600), nn.ReLU(), nn.Linear(600, C)), X),
+    "wide layers": (nn.Sequential(nn.Linear(10, 900), nn.ReLU(), nn.Linear(900, C)), X),
 }
 
 # %%

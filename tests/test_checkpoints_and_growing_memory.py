@@ -1,4 +1,4 @@
-"""Compiled Jacobians, checkpoints and what loops keep, on other models."""
+"""Checkpoints and what loops keep, on other models."""
 
 import copy
 import gc
@@ -29,7 +29,7 @@ REENTRANT = (
 
 @pytest.fixture(scope="module")
 def page(taught):
-    return taught("scale/compile_and_checkpoint")
+    return taught("scale/checkpoints_and_growing_memory")
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +37,8 @@ def double():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(3)
-    torch.compiler.reset()
     yield
     torch.set_default_dtype(before)
-    torch.compiler.reset()
 
 
 def recipe(model):
@@ -64,74 +62,6 @@ class Recomputed(nn.Module):
 
 def recomputed(reentrant=False):
     return Recomputed(nn.Sequential(nn.Linear(4, 7), nn.Sigmoid()), reentrant)
-
-
-MODELS = {
-    "layer norm": (
-        lambda: nn.Sequential(nn.Linear(4, 7), nn.LayerNorm(7), nn.Linear(7, C)),
-        (4,),
-    ),
-    "convolution": (
-        lambda: nn.Sequential(
-            nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(18, C)
-        ),
-        (2, 5, 4),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_compiled_jacobian_is_that_of_the_loop(name, page):
-    make, shape = MODELS[name]
-    model, X = make(), torch.rand(N, *shape)
-    jacobian, params = recipe(model)
-    compiled = torch.compile(jacobian, backend="aot_eager", dynamic=False)
-    with warnings.catch_warnings(action="ignore"):
-        J = compiled(params, X)
-    assert_close(J, page["autograd_loop"](model, X))
-    # Values are inputs: nothing of the model is compiled into the result.
-    for p in model.parameters():
-        p.data.mul_(1.5)
-    J = compiled({k: p.detach() for k, p in model.named_parameters()}, X + 1)
-    assert_close(J, page["autograd_loop"](model, X + 1))
-
-
-def test_sizes_and_models_compile_as_often_as_the_page_says(page):
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, C))
-    calls = [(*recipe(model), torch.rand(n, 4)) for n in (5, 7, 9)]
-    count = page["compilations"]
-    assert count(calls) == [1, 1, 0]
-    assert count(calls[:2], dynamic=True) == [1, 0]
-    nets = [nn.Sequential(nn.Conv1d(2, w, 2), nn.Flatten()) for w in (3, 4)]
-    calls = [(*recipe(net), torch.rand(N, 2, 6)) for net in nets]
-    assert count(calls) == [1, "TorchRuntimeError"]
-
-
-def test_error_of_a_compiled_convolution_with_a_dynamic_size():
-    jacobian, params = recipe(nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten()))
-    compiled = torch.compile(jacobian, backend="aot_eager", dynamic=True)
-    text = "Cannot call sizes\\(\\) on tensor with symbolic sizes/strides"
-    with pytest.raises(RuntimeError, match=text):
-        compiled(params, torch.rand(N, 2, 6))
-
-
-def test_no_compiler_is_no_crash(page, monkeypatch, tmp_path, capsys):
-    """Without a C++ compiler, the page says so and traces."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    torch.compile(torch.sin)  # loads the compiler's settings
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    jacobian, params = recipe(nn.Linear(4, C))
-    X = torch.rand(N, 4)
-    compiled, J, _ = page["compiled_and_called"](jacobian, params, X)
-    assert_close(J, jacobian(params, X))
-    assert_close(compiled(params, 2 * X), jacobian(params, 2 * X))
-    assert capsys.readouterr().out == "InductorError: not compiled, traced only\n"
-
-
-def test_message_raises_if_nothing_is_raised(page):
-    with pytest.raises(AssertionError, match="raises no error any more"):
-        page["message"](len, "")
-    assert page["message"](int, "x").startswith("ValueError: invalid literal")
 
 
 def test_checkpoints_without_reentry(page):

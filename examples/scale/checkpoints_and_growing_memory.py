@@ -1,16 +1,14 @@
 """
-Compilation, checkpoints, growing memory
-========================================
+Checkpoints and growing memory
+==============================
 
-After this page you can compile a Jacobian and know what it gains, take the Jacobian of
-a model with activation checkpoints, and find out why a loop over Jacobians needs more
-memory with every iteration.
+After this page you can take the Jacobian of a model with activation checkpoints, and
+find out why a loop over Jacobians needs more memory with every iteration.
 """
 
 import copy
 import gc
 import os
-import tempfile
 import warnings
 from itertools import accumulate, pairwise, product
 from unittest.mock import patch
@@ -24,28 +22,28 @@ from torch.autograd.profiler import profile
 from torch.func import functional_call, jacrev, vmap
 from torch.testing import assert_close
 from torch.utils.benchmark import Timer
-from torch.utils.benchmark.utils.timer import timer
 from torch.utils.checkpoint import checkpoint
-
-# %%
-# The Jacobian, compiled
-# ----------------------
-# ``torch.compile`` goes around the whole recipe. The Jacobian ``J`` has shape
-# ``[N, C, *p.shape]`` for each parameter ``p``, as before, and the same numbers. The
-# first call compiles. ``mark_dynamic`` lets any number of samples use the result.
-
-# fold: The reference, and a temporary folder for what the compiler writes
 
 threads = torch.get_num_threads()
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 _ = torch.manual_seed(0)
-folder = tempfile.TemporaryDirectory()
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
-os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no processes that stay behind
-# Both are done once per machine, in the first call of all, and would take longer.
-os.environ["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"
-os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
+
+# %%
+# Checkpoints
+# -----------
+# A checkpoint stores the input of a part of the model, and computes the part again in
+# each backward pass. With ``use_reentrant=False``, everything works that goes through
+# ``autograd.grad``, BackPACK included. ``torch.func`` raises.
+
+# fold: The methods
+
+
+class Recomputed(nn.Sequential):
+    reentrant = False
+
+    def forward(self, X):
+        return checkpoint(super().forward, X, use_reentrant=self.reentrant)
 
 
 def autograd_loop(model, X):
@@ -57,216 +55,6 @@ def autograd_loop(model, X):
     rows = [autograd.grad(fs[place], params.values(), **options) for place in places]
     blocks = [torch.stack(block).unflatten(0, fs.shape) for block in zip(*rows)]
     return dict(zip(params, blocks))
-
-
-def mlp(*widths):
-    """Return linear layers of these widths, with a ReLU between any two."""
-    pairs = [[nn.Linear(*sizes), nn.ReLU()] for sizes in pairwise(widths)]
-    return nn.Sequential(*sum(pairs, [])[:-1])
-
-
-def compiled_and_called(function, *args, **options):
-    """Return the compiled function, its first result, and the seconds that it took."""
-    start = timer()
-    with warnings.catch_warnings(action="ignore"):  # PyTorch's, of its own functions
-        try:
-            compiled = torch.compile(function, **options)
-            return compiled, compiled(*args), timer() - start
-        except Exception as error:  # on a CPU, it takes a C++ compiler
-            print(f"{type(error).__name__}: not compiled, traced only")
-            start = timer()
-            compiled = torch.compile(function, backend="aot_eager", **options)
-            return compiled, compiled(*args), timer() - start
-
-
-# %%
-
-
-def recipe(model):
-    """Return the Jacobian of all samples as a function, and the parameters."""
-    params = {name: p.detach() for name, p in model.named_parameters()}
-
-    def f(params, x):  # of one sample
-        return functional_call(model, params, x[None])[0]
-
-    return vmap(jacrev(f), (None, 0)), params
-
-
-model, X = mlp(10, 32, 5), torch.rand(8, 10)
-jacobian, params = recipe(model)
-torch._dynamo.mark_dynamic(X, 0)
-# compiled = torch.compile(jacobian), and J = compiled(params, X), with a clock:
-compiled, J, first = compiled_and_called(jacobian, params, X)
-assert_close(J, autograd_loop(model, X))
-print(f"The first call takes {first:.1f} s, and J is that of the autograd loop.")
-
-# %%
-# What it gains
-# -------------
-# A Jacobian of a small model takes many small operations, and each has a fixed cost,
-# which the compiler saves. A large ``J`` takes its time for writing ``J``, compiled or
-# not. The last number says after how many calls the first one has paid.
-
-
-# fold: How the time is measured, and errors in one line
-
-
-def median_ms(function, *args):
-    timer = Timer("function(*args)", globals={"function": function, "args": args})
-    return timer.blocked_autorange(min_run_time=0.1).median * 1e3
-
-
-def message(function, *args):
-    """Return the error that a call raises, without what follows its first sentence."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            function(*args)
-    except Exception as error:
-        first = str(error).partition("\n\n")[0].partition(". ")[0]
-        return f"{type(error).__name__}: {first}"
-    raise AssertionError("it raises no error any more")
-
-
-# %%
-
-for N in 2, 16, 128, 1024:
-    X = torch.rand(N, 10)
-    J = compiled(params, X)
-    assert_close(J, jacobian(params, X))
-    eager, fast = median_ms(jacobian, params, X), median_ms(compiled, params, X)
-    paid = f"{1e3 * first / (eager - fast):.0f}" if eager > fast else "no number of"
-    print(f"N = {N:4}: {eager:4.2f} ms eager, {fast:4.2f} ms compiled,", end=" ")
-    print(f"ratio {eager / fast:4.1f}, paid after {paid} calls")
-
-# %%
-# ``backend="aot_eager"`` records the operations and compiles none, so it takes no C++
-# compiler. What ``vmap`` and ``jacrev`` do in Python is left out of later calls.
-
-cnn = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4))
-images = torch.rand(7, 1, 8, 8)
-torch.compiler.reset()  # why: see "New sizes, and two models"
-of_cnn, cnn_params = recipe(cnn)
-traced = torch.compile(of_cnn, backend="aot_eager")
-assert_close(traced(cnn_params, images), autograd_loop(cnn, images))
-eager, fast = (median_ms(g, cnn_params, images) for g in (of_cnn, traced))
-print(f"CNN: eager {eager:.2f} ms, traced {fast:.2f} ms, ratio {eager / fast:.1f}")
-
-# %%
-# Another ``N`` compiles again. To notice it, forbid it.
-
-with torch.compiler.set_stance("fail_on_recompile"):
-    print(message(traced, cnn_params, images[:5]))
-
-# %%
-# New sizes, and two models
-# -------------------------
-# We count compilations with a backend that does nothing else. Without a mark, the
-# second ``N`` compiles again, and then for all ``N``. Convolutions compile for each
-# ``N``. With ``dynamic=True`` they raise.
-
-# fold: A backend that counts
-
-
-def compilations(calls, **options):
-    """Return how often each of the calls compiles, or its error."""
-    torch.compiler.reset()
-    counts, graphs = [], []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    for function, *args in calls:
-        before = len(graphs)
-        try:
-            torch.compile(function, backend=backend, **options)(*args)
-            counts.append(len(graphs) - before)
-        except Exception as error:
-            counts.append(type(error).__name__)
-    return counts
-
-
-# %%
-
-linear, conv = nn.Linear(5, 3), nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten())
-of_rows = [(*recipe(linear), torch.rand(N, 5)) for N in (4, 6, 9)]
-of_images = [(*recipe(conv), images[:N]) for N in (4, 6)]
-print("new N: linear", compilations(of_rows), "convolution", compilations(of_images))
-print("dynamic=True: convolution", compilations(of_images[:1], dynamic=True))
-
-# %%
-# The code that is compiled is that of ``vmap``, and all models share it. A second
-# model counts as the first with other sizes, and these become dynamic. For
-# convolutions, that raises. ``dynamic=False`` compiles each on its own, and
-# ``torch.compiler.reset`` forgets all.
-
-wider = nn.Sequential(nn.Conv2d(1, 5, 3), nn.Flatten())
-of_two = [(*recipe(net), images) for net in (conv, wider)]
-print("two models:", compilations(of_two), end=", ")
-print("dynamic=False:", compilations(of_two, dynamic=False))
-
-# %%
-# What does not compile
-# ---------------------
-# What ``vmap`` cannot do, it cannot do compiled: an ``if`` on values raises as before.
-# A hook that stores activations works eagerly, and raises in a compiled Jacobian:
-# remove it first.
-
-
-class Branch(nn.Linear):
-    def forward(self, X):
-        return super().forward(X) if X.sum() > 1 else X[:, :3]
-
-
-stored = []
-branch, watched = Branch(10, 3), copy.deepcopy(model)
-handle = watched[0].register_forward_hook(lambda *args: stored.append(args[-1]))
-assert_close(recipe(watched)[0](params, X[:8]), jacobian(params, X[:8]))
-for net in branch, watched:
-    torch.compiler.reset()
-    function, values = recipe(net)
-    print(message(torch.compile(function, backend="aot_eager"), values, X[:8]))
-handle.remove()
-
-# %%
-# A model that is compiled already
-# --------------------------------
-# The recipe takes it, but runs the model's own Python: nothing in it is compiled. So
-# compile the Jacobian instead. The names start with ``_orig_mod.``. ``model.compile()``
-# leaves the names alone.
-
-graphs = []
-wrapped = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph)
-function, values = recipe(wrapped)
-J = function(values, X[:8])
-assert not graphs
-print("names:", *J)
-J = {name.removeprefix("_orig_mod."): block for name, block in J.items()}
-assert_close(J, jacobian(params, X[:8]))
-in_place = copy.deepcopy(model)
-in_place.compile(backend="aot_eager")
-function, values = recipe(in_place)
-assert_close(function(values, X[:8]), jacobian(params, X[:8]))
-print("names:", *values)
-torch.compiler.reset()
-folder.cleanup()  # nothing of the compiler is left
-del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-
-# %%
-# Checkpoints
-# -----------
-# A checkpoint stores the input of a part of the model, and computes the part again in
-# each backward pass. With ``use_reentrant=False``, everything works that goes through
-# ``autograd.grad``, BackPACK included. ``torch.func`` raises.
-
-# fold: A part with a checkpoint, and the methods
-
-
-class Recomputed(nn.Sequential):
-    reentrant = False
-
-    def forward(self, X):
-        return checkpoint(super().forward, X, use_reentrant=self.reentrant)
 
 
 def grads_batched(model, X):
@@ -296,6 +84,17 @@ def batch_grad(extended, X):
             jacobian[name][:, c] = p.grad_batch.reshape(N, *p.shape)
             del p.grad_batch
     return jacobian
+
+
+def message(function, *args):
+    """Return the error that a call raises, without what follows its first sentence."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            function(*args)
+    except Exception as error:
+        first = str(error).partition("\n\n")[0].partition(". ")[0]
+        return f"{type(error).__name__}: {first}"
+    raise AssertionError("it raises no error any more")
 
 
 def vmap_jacrev(model, X):
@@ -364,6 +163,11 @@ def peak_bytes(function, *args):
     events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(accumulate(event.nbytes() for event in events))
+
+
+def median_ms(function, *args):
+    timer = Timer("function(*args)", globals={"function": function, "args": args})
+    return timer.blocked_autorange(min_run_time=0.1).median * 1e3
 
 
 def sample_by_sample(model, X):
@@ -464,6 +268,13 @@ def mend(cause, grows, mended):
 
 # %%
 
+
+def mlp(*widths):
+    """Return linear layers of these widths, with a ReLU between any two."""
+    pairs = [[nn.Linear(*sizes), nn.ReLU()] for sizes in pairwise(widths)]
+    return nn.Sequential(*sum(pairs, [])[:-1])
+
+
 model, X = mlp(50, 70, 3), torch.rand(20, 50, requires_grad=True)
 inputs, kept = [X, *model.parameters()], []
 
@@ -485,8 +296,12 @@ mend("a row with create_graph", row_with_graph, norm_of_row)
 # has a graph of its own.
 
 
+def of_sample(params, x):
+    return functional_call(model, params, x[None])[0]
+
+
 def jacobian_with_graph():
-    J = recipe(model)[0](dict(model.named_parameters()), X)
+    J = vmap(jacrev(of_sample), (None, 0))(dict(model.named_parameters()), X)
     kept.append(J["0.weight"].norm())
 
 
@@ -579,8 +394,6 @@ torch.set_num_threads(threads)
 # %%
 # What to take home
 # -----------------
-# - Compile a small Jacobian that you take thousands of times, with the same sizes.
-#   Otherwise the first call costs more than it gains.
 # - ``use_reentrant=False`` is right wherever it does not raise. For ``torch.func``, and
 #   for less memory, leave the checkpoint out and go sample by sample.
 # - Keep numbers and detached tensors. What has a graph keeps everything in it.

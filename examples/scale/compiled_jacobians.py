@@ -1,0 +1,256 @@
+"""
+Compiled Jacobians
+==================
+
+After this page you can compile the Jacobian of your model with ``torch.compile``. You
+know what it gains at which sizes, after how many calls it has paid, and what breaks.
+"""
+
+import copy
+import os
+import tempfile
+import warnings
+from itertools import pairwise, product
+
+import matplotlib.pyplot as plt
+import torch
+from torch import autograd, nn
+from torch.func import functional_call, jacrev, vmap
+from torch.testing import assert_close
+from torch.utils.benchmark import Timer
+from torch.utils.benchmark.utils.timer import timer
+
+# %%
+# The recipe, compiled
+# --------------------
+# ``torch.compile`` goes around the whole recipe. The Jacobian ``J`` has shape
+# ``[N, C, *p.shape]`` for each parameter ``p``, as before, and the same numbers. The
+# first call compiles. ``mark_dynamic`` lets any number of samples use the result.
+
+# fold: The recipe, the reference, and a temporary folder for what the compiler writes
+
+threads = torch.get_num_threads()
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+_ = torch.manual_seed(0)
+folder = tempfile.TemporaryDirectory()
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no processes that stay behind
+# Both are done once per machine, in the first call of all, and would take longer.
+os.environ["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
+
+
+def autograd_loop(model, X):
+    """Return ``{name: Jacobian [N, C, *p.shape]}`` from ``N * C`` backward passes."""
+    fs = model(X)
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    options = {"retain_graph": True, "materialize_grads": True}  # zeros if unused
+    places = product(*map(range, fs.shape))
+    rows = [autograd.grad(fs[place], params.values(), **options) for place in places]
+    blocks = [torch.stack(block).unflatten(0, fs.shape) for block in zip(*rows)]
+    return dict(zip(params, blocks))
+
+
+def mlp(*widths):
+    """Return linear layers of these widths, with a ReLU between any two."""
+    pairs = [[nn.Linear(*sizes), nn.ReLU()] for sizes in pairwise(widths)]
+    return nn.Sequential(*sum(pairs, [])[:-1])
+
+
+def compiled_and_called(function, *args, **options):
+    """Return the compiled function, its first result, and the seconds that it took."""
+    start = timer()
+    with warnings.catch_warnings(action="ignore"):  # PyTorch's, of its own functions
+        try:
+            compiled = torch.compile(function, **options)
+            return compiled, compiled(*args), timer() - start
+        except Exception as error:  # on a CPU, it takes a C++ compiler
+            print(f"{type(error).__name__}: not compiled, traced only")
+            start = timer()
+            compiled = torch.compile(function, backend="aot_eager", **options)
+            return compiled, compiled(*args), timer() - start
+
+
+def recipe(model):
+    """Return the Jacobian of all samples as a function, and the parameters."""
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def f(params, x):  # of one sample
+        return functional_call(model, params, x[None])[0]
+
+    return vmap(jacrev(f), (None, 0)), params
+
+
+# %%
+
+model, X = mlp(10, 32, 5), torch.rand(8, 10)
+jacobian, params = recipe(model)
+torch._dynamo.mark_dynamic(X, 0)
+# compiled = torch.compile(jacobian), and J = compiled(params, X), with a clock:
+compiled, J, first = compiled_and_called(jacobian, params, X)
+assert_close(J, autograd_loop(model, X))
+print(f"The first call takes {first:.1f} s, and J is that of the autograd loop.")
+
+# %%
+# What it gains
+# -------------
+# A Jacobian of a small model takes many small operations, and each has a fixed cost,
+# which the compiler saves. A large ``J`` takes its time for writing ``J``, compiled or
+# not. The last number says after how many calls the first one has paid.
+
+# fold: How the time is measured, and errors in one line
+
+
+def median_ms(function, *args):
+    timer = Timer("function(*args)", globals={"function": function, "args": args})
+    return timer.blocked_autorange(min_run_time=0.1).median * 1e3
+
+
+def message(function, *args):
+    """Return the error that a call raises, without what follows its first sentence."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            function(*args)
+    except Exception as error:
+        first = str(error).partition("\n\n")[0].partition(". ")[0]
+        return f"{type(error).__name__}: {first}"
+    raise AssertionError("it raises no error any more")
+
+
+# %%
+
+times = {}
+for N in 2, 16, 128, 1024:
+    X = torch.rand(N, 10)
+    J = compiled(params, X)
+    assert_close(J, jacobian(params, X))
+    eager, fast = median_ms(jacobian, params, X), median_ms(compiled, params, X)
+    times[N] = eager, fast
+    paid = f"{1e3 * first / (eager - fast):.0f}" if eager > fast else "no number of"
+    print(f"N = {N:4}: {eager:4.2f} ms eager, {fast:4.2f} ms compiled,", end=" ")
+    print(f"ratio {eager / fast:4.1f}, paid after {paid} calls")
+
+# %%
+# The larger ``N``, the less the fixed cost counts.
+
+# fold: How the figure is drawn
+
+fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+ax.loglog(
+    list(times), [eager for eager, _ in times.values()], "o-", lw=3, label="eager"
+)
+ax.loglog(
+    list(times), [fast for _, fast in times.values()], "s--", lw=3, label="compiled"
+)
+ax.set(xlabel="N samples", ylabel="time [ms]")
+ax.set_xticks(list(times), list(times))
+ratios = [eager / fast for eager, fast in times.values()]
+ax.set_title(f"Small MLP: eager / compiled from {min(ratios):.1f} to {max(ratios):.1f}")
+ax.legend()
+plt.show()
+
+# %%
+# Without a C++ compiler
+# ----------------------
+# ``backend="aot_eager"`` records the operations and compiles none, so it takes no C++
+# compiler. What ``vmap`` and ``jacrev`` do in Python is left out of later calls.
+
+cnn = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4))
+images = torch.rand(7, 1, 8, 8)
+torch.compiler.reset()  # the section after the next says why
+of_cnn, cnn_params = recipe(cnn)
+traced = torch.compile(of_cnn, backend="aot_eager")
+assert_close(traced(cnn_params, images), autograd_loop(cnn, images))
+eager, fast = (median_ms(g, cnn_params, images) for g in (of_cnn, traced))
+print(f"CNN: eager {eager:.2f} ms, traced {fast:.2f} ms, ratio {eager / fast:.1f}")
+
+# %%
+# New sizes
+# ---------
+# Without a mark, the second ``N`` compiles again, and then for all ``N``. Convolutions
+# compile for each ``N``. To notice it, forbid it.
+
+with torch.compiler.set_stance("fail_on_recompile"):
+    print(message(traced, cnn_params, images[:5]))
+
+# %%
+# Two models
+# ----------
+# The code that is compiled is that of ``vmap``, and all models share it. A second model
+# counts as the first with other sizes, and these become dynamic. For convolutions that
+# raises, and so does ``dynamic=True``. ``dynamic=False`` compiles each on its own, and
+# ``torch.compiler.reset`` forgets all.
+
+torch.compiler.reset()
+for width in 2, 5:
+    conv = nn.Sequential(nn.Conv2d(1, width, 3), nn.Flatten())
+    of_conv, values = recipe(conv)
+    try:
+        J = torch.compile(of_conv, backend="aot_eager")(values, images)
+        print(f"Model of width {width}: right")
+    except RuntimeError as error:
+        reason = str(error).partition("RuntimeError('")[2].partition("\\n")[0]
+        print(f"Model of width {width}: {type(error).__name__}: {reason}")
+        J = torch.compile(of_conv, backend="aot_eager", dynamic=False)(values, images)
+    assert_close(J, autograd_loop(conv, images))
+print("dynamic=False: right")
+
+# %%
+# What does not compile
+# ---------------------
+# What ``vmap`` cannot do, it cannot do compiled: an ``if`` on values raises as before.
+# A hook that stores activations works eagerly, and raises in a compiled Jacobian:
+# remove it first.
+
+
+class Branch(nn.Linear):
+    def forward(self, X):
+        return super().forward(X) if X.sum() > 1 else X[:, :3]
+
+
+stored = []
+branch, watched = Branch(10, 3), copy.deepcopy(model)
+handle = watched[0].register_forward_hook(lambda *args: stored.append(args[-1]))
+assert_close(recipe(watched)[0](params, X[:8]), jacobian(params, X[:8]))
+for net in branch, watched:
+    torch.compiler.reset()
+    function, values = recipe(net)
+    print(message(torch.compile(function, backend="aot_eager"), values, X[:8]))
+handle.remove()
+
+# %%
+# A model that is compiled already
+# --------------------------------
+# The recipe takes it, but runs the model's own Python: nothing in it is compiled. So
+# compile the Jacobian instead. The names start with ``_orig_mod.``. ``model.compile()``
+# leaves the names alone.
+
+graphs = []
+wrapped = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph)
+function, values = recipe(wrapped)
+J = function(values, X[:8])
+assert not graphs
+print("names:", *J)
+J = {name.removeprefix("_orig_mod."): block for name, block in J.items()}
+assert_close(J, jacobian(params, X[:8]))
+in_place = copy.deepcopy(model)
+in_place.compile(backend="aot_eager")
+function, values = recipe(in_place)
+assert_close(function(values, X[:8]), jacobian(params, X[:8]))
+print("names:", *values)
+torch.compiler.reset()
+folder.cleanup()  # nothing of the compiler is left
+del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+torch.set_num_threads(threads)
+
+# %%
+# What to take home
+# -----------------
+# - Compile a small Jacobian that you take thousands of times, with the same sizes.
+#   Otherwise the first call costs more than it gains.
+# - Compile the Jacobian, not the model in it.
+# - For several models, and for convolutions, pass ``dynamic=False``.
+#
+# Next: ``scale/checkpoints_and_growing_memory.py`` is on memory instead of time. The
+# alternative: ``scale/layer_structure.py`` is faster where ``J`` is large.

@@ -1,0 +1,116 @@
+"""Compiled Jacobians, on other models."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+N, C = 5, 3
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+
+
+@pytest.fixture(scope="module")
+def page(taught):
+    return taught("scale/compiled_jacobians")
+
+
+@pytest.fixture(autouse=True)
+def double():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(3)
+    torch.compiler.reset()
+    yield
+    torch.set_default_dtype(before)
+    torch.compiler.reset()
+
+
+def recipe(model):
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def f(params, x):
+        return torch.func.functional_call(model, params, x[None])[0]
+
+    return torch.func.vmap(torch.func.jacrev(f), (None, 0)), params
+
+
+MODELS = {
+    "layer norm": (
+        lambda: nn.Sequential(nn.Linear(4, 7), nn.LayerNorm(7), nn.Linear(7, C)),
+        (4,),
+    ),
+    "convolution": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(18, C)
+        ),
+        (2, 5, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_jacobian_is_that_of_the_loop(name, page):
+    make, shape = MODELS[name]
+    model, X = make(), torch.rand(N, *shape)
+    jacobian, params = recipe(model)
+    compiled = torch.compile(jacobian, backend="aot_eager", dynamic=False)
+    with warnings.catch_warnings(action="ignore"):
+        J = compiled(params, X)
+    assert_close(J, page["autograd_loop"](model, X))
+    # Values are inputs: nothing of the model is compiled into the result.
+    for p in model.parameters():
+        p.data.mul_(1.5)
+    J = compiled({k: p.detach() for k, p in model.named_parameters()}, X + 1)
+    assert_close(J, page["autograd_loop"](model, X + 1))
+
+
+def compile_again(model, X, **options):
+    jacobian, params = recipe(model)
+    return torch.compile(jacobian, backend="aot_eager", **options)(params, X)
+
+
+def test_new_sizes_of_linear_layers_compile_twice():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, C))
+    compile_again(model, torch.rand(5, 4))
+    compile_again(model, torch.rand(7, 4))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compile_again(model, torch.rand(9, 4))
+
+
+def test_second_model_with_convolutions(page):
+    X = torch.rand(N, 2, 6)
+    nets = [nn.Sequential(nn.Conv1d(2, w, 2), nn.Flatten()) for w in (3, 4)]
+    compile_again(nets[0], X)
+    with pytest.raises(RuntimeError, match="Cannot call sizes"):
+        compile_again(nets[1], X)
+    J = compile_again(nets[1], X, dynamic=False)
+    assert_close(J, page["autograd_loop"](nets[1], X))
+
+
+def test_error_of_a_compiled_convolution_with_a_dynamic_size():
+    jacobian, params = recipe(nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten()))
+    compiled = torch.compile(jacobian, backend="aot_eager", dynamic=True)
+    text = "Cannot call sizes\\(\\) on tensor with symbolic sizes/strides"
+    with pytest.raises(RuntimeError, match=text):
+        compiled(params, torch.rand(N, 2, 6))
+
+
+def test_no_compiler_is_no_crash(page, monkeypatch, tmp_path, capsys):
+    """Without a C++ compiler, the page says so and traces."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compile(torch.sin)  # loads the compiler's settings
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    jacobian, params = recipe(nn.Linear(4, C))
+    X = torch.rand(N, 4)
+    compiled, J, _ = page["compiled_and_called"](jacobian, params, X)
+    assert_close(J, jacobian(params, X))
+    assert_close(compiled(params, 2 * X), jacobian(params, 2 * X))
+    assert capsys.readouterr().out == "InductorError: not compiled, traced only\n"
+
+
+def test_message_raises_if_nothing_is_raised(page):
+    with pytest.raises(AssertionError, match="raises no error any more"):
+        page["message"](len, "")
+    assert page["message"](int, "x").startswith("ValueError: invalid literal")
