@@ -390,6 +390,31 @@ def test_hooks_of_parameters_do_not_count(check, loop):
     check(model, X, jacobian)
 
 
+def test_hooks_of_modules_do_not_count(check, loop):
+    model, X = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), torch.rand(6, 4)
+    jacobian = loop(model, X)
+    model[1].register_full_backward_hook(lambda layer, grads, _: (grads[0] / 2,))
+    check(model, X, jacobian)
+    assert caught(check, model, X, loop(model, X))
+
+
+class Counts(nn.Linear):
+    """Another function in each call, without random numbers."""
+
+    calls = 0
+
+    def forward(self, X):
+        self.calls += 1
+        return super().forward(X) * (1 + 0.1 * self.calls)
+
+
+def test_a_count_of_calls_hides_no_error(check, loop):
+    model, X = Counts(4, 3), torch.rand(6, 4)
+    jacobian = loop(model, X)
+    check(model, X, jacobian)
+    assert caught(check, model, X, {k: 1.05 * J for k, J in jacobian.items()})
+
+
 def test_sparse_gradients(check, loop):
     embed = nn.Embedding(9, 4)
     model, words = nn.Sequential(embed, nn.Flatten(), nn.Linear(8, 3)), torch.arange(8)

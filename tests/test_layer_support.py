@@ -368,6 +368,12 @@ def hooked():
     return layer
 
 
+def hooked_module():
+    model = mlp(nn.Tanh())
+    model[2].register_full_backward_hook(lambda layer, grads, _: (grads[0] / 2,))
+    return model
+
+
 class Checkpointed(nn.Module):
     def __init__(self, *before):
         super().__init__()
@@ -391,6 +397,7 @@ class Checkpointed(nn.Module):
         (nn.Tanh(), "no parameter of the model requires"),
         (nn.Sequential(nn.Linear(6, 3), nn.Threshold(9, torch.inf)), "is not finite"),
         (hooked(), "bias is complex, or has a hook"),
+        (hooked_module(), "a module has a backward hook"),
         (nn.Linear(6, 3, dtype=torch.cfloat), "weight is complex"),
         (Checkpointed(), "When use_reentrant=True"),
         (Checkpointed(nn.Linear(6, 6)), "When use_reentrant=True"),

@@ -11,7 +11,6 @@ FOLD = re.compile(r"# *fold\b", re.IGNORECASE)
 TITLED = re.compile(r"# fold: \S.*")
 LIMIT = 40  # lines of code of a cell that is not folded
 LONG = {  # tutorial: the longest cell, and why
-    "compute/torch_func_jacobians": (51, "one function with its helper, to copy"),
     "scale/layer_structure": (41, "the core, whole"),
 }
 

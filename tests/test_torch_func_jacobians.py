@@ -143,6 +143,18 @@ def test_batch_norm_in_training_mode_raises(names):
     assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
+def test_hooks_of_modules_are_left_out_and_stay(names):
+    plain, X = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.rand(5, 3)
+    model = copy.deepcopy(plain)
+    hook = model[1].register_full_backward_hook(lambda layer, grads, _: (2 * grads[0],))
+    expected = names["autograd_loop"](plain, X)
+    assert_close(names["jacobians"](model, X), expected)
+    with pytest.raises(AssertionError):
+        assert_close(names["autograd_loop"](model, X), expected)
+    hook.remove()
+    assert_close(names["autograd_loop"](model, X), expected)
+
+
 def test_inference_mode(names):
     model, X = nn.Linear(3, 2), torch.rand(4, 3)
     expected = names["autograd_loop"](model, X)

@@ -1,5 +1,6 @@
 """Each tutorial as readers run it: a downloaded script, and a notebook."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from conftest import EXAMPLES, ROOT, TUTORIALS, UNSTABLE, measures, parse
 from nbclient import NotebookClient
 
 RAW_REST = re.compile(r":[a-z]+:`|^\.\. |`_+(?!\w)|\)_|^:\w+:", re.MULTILINE)
+
+UNIX = {"fcntl", "grp", "posix", "pwd", "resource", "syslog", "termios"}
 
 # The door, figures and timings, several processes. Of all others a kernel would run the
 # same code as the script, see test_page_and_notebook_hold_the_code_of_the_script.
@@ -56,6 +59,14 @@ def printed(tmp_path_factory):
         return seen[tutorial]
 
     return run
+
+
+@tutorials
+def test_imports_are_there_on_every_system(tutorial):
+    nodes = ast.walk(ast.parse((EXAMPLES / f"{tutorial}.py").read_text()))
+    nodes = [n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
+    names = {getattr(n, "module", None) or n.names[0].name for n in nodes}
+    assert "torch" in names and not names & UNIX
 
 
 @tutorials

@@ -9,6 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from backpack import extend
 from torch import autograd, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -361,6 +362,40 @@ def test_hooks(jacobian, size):
     model[0].register_forward_hook(lambda layer, args, output: 2 * output)
     plain[0].register_forward_hook(lambda layer, args, output: 2 * output)
     assert_right(jacobian, model, X, definition(plain, X))
+
+
+def test_hooks_of_modules(jacobian, size):
+    plain, X = mlp(4, 5, 3), torch.rand(6, 4)
+    model = copy.deepcopy(plain)
+    model[2].register_full_backward_hook(lambda layer, grads, _: (grads[0] / 2,))
+    model[2].register_full_backward_pre_hook(lambda layer, grads: (grads[0] / 3,))
+    hooked, expected = definition(model, X), definition(plain, X)
+    with pytest.raises(AssertionError):
+        assert_close(hooked, expected)
+    assert_right(jacobian, model, X, expected)
+    assert_close(definition(model, X), hooked)
+
+
+def test_models_extended_with_backpack(jacobian, size, taught):
+    plain, X = (
+        nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
+        torch.rand(6, 4),
+    )
+    extended, expected = extend(copy.deepcopy(plain)), definition(plain, X)
+    assert_right(jacobian, extended, X, expected)
+    assert_close(taught("batched_jacobians")["batch_grad"](extended, X), expected)
+    assert_right(jacobian, extended, X, expected)
+
+
+def test_models_that_are_another_function_in_each_call(jacobian, size):
+    def counted(m, X):
+        m.calls += 1
+        return m.last(torch.tanh(m.layer(X))) * m.calls
+
+    model, X = own(counted, calls=0), torch.rand(6, 4)
+    J = jacobian(model, X)
+    assert J.method == "definition" and model.calls == 0
+    assert_close(dict(J), definition(model, X))
 
 
 def test_kept_activations(jacobian, size):

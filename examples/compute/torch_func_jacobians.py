@@ -85,6 +85,8 @@ print("vmap(jacrev) agrees with the loop, for every parameter.")
 # ``unchanged`` puts back what was there. Inside ``torch.no_grad`` the recipe can be
 # wrong, so gradients are switched on (see ``trust/silent_failures.py``).
 
+# fold: unchanged
+
 
 @contextmanager
 def unchanged(model):
@@ -96,6 +98,9 @@ def unchanged(model):
         with warnings.catch_warnings(action="ignore"):
             # A reentrant checkpoint would hide its parameters from the gradient.
             warnings.filterwarnings("error", "None of the inputs have requires_grad")
+            for module in model.modules():  # hooks that could change the gradient
+                module._backward_hooks.clear()
+                module._backward_pre_hooks.clear()
             yield
     finally:
         for now, before in containers:
@@ -104,6 +109,11 @@ def unchanged(model):
         for now, before in tensors:
             if not torch.equal(now, before):
                 now.data.copy_(before)
+
+
+# %%
+# Backward hooks can change a gradient, and are no part of the outputs: they are left
+# out.
 
 
 @torch.inference_mode(False)
@@ -397,11 +407,14 @@ show_error(ValueError, jacobians, net, X_net)
 # %%
 # Models extended with BackPACK
 # -----------------------------
-# ``extend`` adds hooks that ``torch.func`` cannot transform, and a copy of an extended
-# model has them too. Copy the model before you extend it.
+# ``extend`` adds backward hooks that ``torch.func`` cannot transform, and a copy of an
+# extended model has them too. Copy the model before you extend it, or take
+# ``jacobians``, which leaves the hooks out.
 
 extended = extend(copy.deepcopy(model))
-show_error(RuntimeError, jacobians, extended, X)
+show_error(RuntimeError, vmap_jacrev, extended, X)
+assert_close(jacobians(extended, X), J_loop)
+print("jacobians agrees with the loop, for the extended model, too.")
 
 # %%
 # Known failures

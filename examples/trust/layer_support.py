@@ -234,14 +234,16 @@ def verdicts(model, X, dtype=torch.float64):
     ``X`` is a tensor ``[N, ...]`` and ``model(X)`` is ``[N, C]``. The methods compute
     in ``dtype``, on the device of the model. The model, ``X``, the default dtype and
     the random state stay as they are. Raises ``ValueError`` if ``model(X)`` is not as
-    above or not finite, if no parameter requires a gradient, and if one of these is
-    complex or has a hook.
+    above or not finite, if no parameter requires a gradient, if one of these is complex
+    or has a hook, and if a module has a backward hook.
     """
     if not isinstance(X, torch.Tensor):
         raise ValueError(f"X must be a tensor [N, ...], but is {type(X).__name__}")
     for name, p in trainable(model).items():
         if p.is_complex() or p._backward_hooks:
             raise ValueError(f"{name} is complex, or has a hook that changes gradients")
+    if any(m._backward_hooks or m._backward_pre_hooks for m in model.modules()):
+        raise ValueError("a module has a backward hook, as after extend")
     with WithoutGraph():
         model = copy.deepcopy(model).to(dtype)
     if X.is_floating_point():
