@@ -285,7 +285,7 @@ CALLS = {
 torch.set_default_dtype(torch.float32)
 models = {
     "MLP 64-128-128-10, N = 128": (mlp(64, 128, 128, 10), torch.rand(128, 64)),
-    "MLP 784-256-256-10, N = 32": (mlp(784, 256, 256, 10), torch.rand(32, 784)),
+    "MLP 784-256-256-10, N = 16": (mlp(784, 256, 256, 10), torch.rand(16, 784)),
 }
 
 # %%

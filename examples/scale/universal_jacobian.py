@@ -594,7 +594,7 @@ vit = SmallTransformer(Patches(3, 32, 4, 4), 36, 10)
 gpt = SmallTransformer(nn.Embedding(20, 32), 24, 20, causal=True)
 images, words = torch.rand(8, 3, 24, 24), torch.randint(20, (8, 24))
 models = {
-    "MLP 784-256-256-10": (mlp(784, 256, 256, 10), torch.rand(64, 784)),
+    "MLP 784-256-256-10": (mlp(784, 256, 256, 10), torch.rand(24, 784)),
     "MLP 64-128-128-10": (mlp(64, 128, 128, 10), torch.rand(128, 64)),
     "MLP with LayerNorm": (norm_mlp, torch.rand(64, 64)),
     "CNN, 32 x 32": (nn.Sequential(*convs, *pooled), torch.rand(8, 3, 32, 32)),
