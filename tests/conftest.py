@@ -38,7 +38,8 @@ PAGES = sorted(
 
 def measures(tutorial):
     """Return whether a tutorial prints timings, which differ from run to run."""
-    return "torch.utils.benchmark" in (EXAMPLES / f"{tutorial}.py").read_text()
+    source = (EXAMPLES / f"{tutorial}.py").read_text()
+    return "torch.utils.benchmark" in source or "process_time" in source
 
 
 @functools.cache

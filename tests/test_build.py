@@ -16,7 +16,7 @@ from conftest import ROOT, TUTORIALS, measures, serve
 BROKEN = '"""\nBroken\n======\n\nA page that fails.\n"""\n\nprint("before")\n{}\n'
 GOOD = """\"\"\"
 Good {0}
-========================================
+============================================================
 
 It works: {0}.
 \"\"\"

@@ -61,7 +61,7 @@ def answer(form):
         ({"N": 1, "C": 1, "P": 249999999}, "1 GB", "fits, with"),
         ({"N": 128, "P": "1e6", "memory": 8}, "5.12 GB", "fits once: allocate it"),
         ({"N": 128, "P": "1M", "memory": "5"}, "5.12 GB", "does not fit: compute"),
-        ({"N": 32, "C": 1000, "P": 11689512}, "1.5 TB", "does not fit: compute its"),
+        ({"N": 32, "C": 1000, "P": 11689512}, "1.5 TB", "does not fit: compute chunks"),
         ({"N": "1M", "C": "1M", "P": "100k"}, "400 PB", "does not fit"),
         ({"kind": "CNN"}, "689 MB", "fits, with up to 3.93 GB at the peak: take"),
         ({"kind": "CNN", "memory": 3}, "689 MB", "fits once: allocate it first"),

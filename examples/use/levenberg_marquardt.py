@@ -63,8 +63,8 @@ def pinn(seed):
 
 
 # %%
-# Steps
-# -----
+# A damped step
+# -------------
 # A step comes from ``J``, the Jacobian of the residuals, of shape ``[N * C, P]``. A
 # residual may itself hold derivatives by ``x``, as here.
 
