@@ -87,8 +87,9 @@ progress = ((progress - progress.mean()) / progress.std())[:, None]
 
 def split(seed):
     """Return ``X, Y, X_test, Y_test``."""
-    order = torch.randperm(442, generator=torch.Generator().manual_seed(seed))
-    train, test = order.split([100, 342])
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(patients), generator=generator)
+    train, test = order[:100], order[100:]
     return patients[train], progress[train], patients[test], progress[test]
 
 
@@ -220,7 +221,7 @@ def confidence(J, fs, S, draws=500):
 
 
 flowers, y = map(torch.tensor, load_iris(return_X_y=True))
-X = ((flowers - flowers.mean(0)) / flowers.std(0))[:, 2:]
+X = ((flowers - flowers.mean(0)) / flowers.std(0))[:, -2:]
 model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
 _ = minimize(lambda net: cross_entropy(net(X), y, reduction="sum"), model, 0.3, 1000)
 fs, J, theta = linearized(model, X)
