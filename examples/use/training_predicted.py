@@ -308,8 +308,8 @@ print(f"{k} eigenvectors and the log determinant {logdet:.1f} agree, P = {P}.")
 # The rank counts the directions in parameter space that the outputs can see. It is
 # below both ``N * C`` and ``P``: some pixels are blank in all images, and what one
 # layer scales up, the next can scale down. A kernel squares the ratios of singular
-# values, so in float32 it sees fewer directions than ``J`` does. Build it in float64, or
-# add more to its diagonal than the rounding of its largest eigenvalue.
+# values, so in float32 it sees fewer directions than ``J`` does. Build it in float64,
+# or add more to its diagonal than the rounding of its largest eigenvalue.
 
 single = rows.float()
 matrices = rows, rows @ rows.T, single, single @ single.T
