@@ -336,8 +336,8 @@ print(f"and phi has {(D + 1) * 4} bytes.")
 #   Laplace keeps all data for the training.
 # - You want to know which answers are bad. A rank correlation near zero says that wide
 #   bars do not mark the large errors: they are right on the average only.
-# - You look for inputs of another kind: doubt grows only where ``J`` looks. First try
-#   the largest softmax probability.
+# - You look for inputs of another kind: doubt grows only where ``J`` looks. Compare
+#   with the largest softmax probability on inputs that you know.
 # - The noise differs between samples or outputs: here it is one number.
 # - The network is far from a minimum, or was trained with another prior: the bars are
 #   those of the linear model. With dropout or batch norm, call ``model.eval()`` first.
