@@ -87,8 +87,9 @@ progress = ((progress - progress.mean()) / progress.std())[:, None]
 
 def split(seed):
     """Return ``X, Y, X_test, Y_test``."""
-    order = torch.randperm(442, generator=torch.Generator().manual_seed(seed))
-    train, test = order.split([100, 342])
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(patients), generator=generator)
+    train, test = order[:100], order[100:]
     return patients[train], progress[train], patients[test], progress[test]
 
 
@@ -220,7 +221,7 @@ def confidence(J, fs, S, draws=500):
 
 
 flowers, y = map(torch.tensor, load_iris(return_X_y=True))
-X = ((flowers - flowers.mean(0)) / flowers.std(0))[:, 2:]
+X = ((flowers - flowers.mean(0)) / flowers.std(0))[:, -2:]
 model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
 _ = minimize(lambda net: cross_entropy(net(X), y, reduction="sum"), model, 0.3, 1000)
 fs, J, theta = linearized(model, X)
@@ -335,8 +336,8 @@ print(f"and phi has {(D + 1) * 4} bytes.")
 #   Laplace keeps all data for the training.
 # - You want to know which answers are bad. A rank correlation near zero says that wide
 #   bars do not mark the large errors: they are right on the average only.
-# - You look for inputs of another kind: doubt grows only where ``J`` looks. First try
-#   the largest softmax probability.
+# - You look for inputs of another kind: doubt grows only where ``J`` looks. Compare
+#   with the largest softmax probability on inputs that you know.
 # - The noise differs between samples or outputs: here it is one number.
 # - The network is far from a minimum, or was trained with another prior: the bars are
 #   those of the linear model. With dropout or batch norm, call ``model.eval()`` first.

@@ -298,7 +298,7 @@ plt.show()
 #   private data has a price that is not counted here.
 # - A layer in which samples mix, such as batch norm in training, has no gradient of one
 #   sample. Shuffled batches in turn are not the sampling that epsilon was computed for.
-# - Python's random numbers are no secret. For a promise to people, take a library.
+# - PyTorch's random numbers are no secret. For a promise to people, take a library.
 
 few = train(images[:200], labels[:200], 0, sigmas[1], bound, q, steps, lr)
 few = (few(images[1200:]).argmax(1) == labels[1200:]).double().mean()
