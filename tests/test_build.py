@@ -226,6 +226,8 @@ def test_stopped_build_is_begun_anew(stop, copy, built):
         next(line for line in build.stdout if "checking consistency" in line)
         os.killpg(build.pid, stop)
     assert build.returncode != 0
+    with open(copy / "docs" / "_build" / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the last process of the build lets it go
     result = make(copy, "html")
     assert result.returncode != 0
     assert "no-such-role" in result.stdout
