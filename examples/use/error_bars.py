@@ -15,6 +15,7 @@ from sklearn.datasets import load_diabetes, load_iris
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import DotProduct
 from sklearn.linear_model import BayesianRidge
+from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
 from torch.nn.functional import cross_entropy
@@ -22,6 +23,7 @@ from torch.testing import assert_close
 
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)  # small models gain nothing from more
+_ = threadpool_limits(1)  # nor do scikit-learn's small matrices
 _ = torch.manual_seed(0)
 
 # %%
