@@ -167,10 +167,12 @@ def batched_jacobian(model, X, *, out=None, method=None):
     with unchanged(model):
         leaves, X = differentiable(params, X)
         layers = linear_layers(model, len(X))
-        copies = {name: p.clone() for name, p in leaves.items()}  # the model may write
-        fs = None if method and out is None else outputs(model, copies, X)
-        if fs is not None and not fs.isfinite().all():
-            raise ValueError("model(X) is not finite")
+        fs = None
+        if method is None or out is not None:
+            copies = {name: p.clone() for name, p in leaves.items()}  # it may write
+            fs = outputs(model, copies, X)
+            if not fs.isfinite().all():
+                raise ValueError("model(X) is not finite")
         if out is not None:
             check_blocks(out, fs, params)
         calls = {

@@ -721,9 +721,9 @@ OTHERS = {  # ms of torch.func / ms of the package, not measured here
 }
 
 # %%
-# ``J`` is never built. A convolution has one ``delta`` and one ``a`` for each position
-# of its image: the inner products of all ``a`` of two samples weight the ``delta`` of
-# one, and the inner products with the ``delta`` of the other follow.
+# No large block of ``J`` is built. A convolution has one ``delta`` and one ``a`` for
+# each position of its image: the inner products of all ``a`` of two samples weight the
+# ``delta`` of one, and the inner products with the ``delta`` of the other follow.
 
 # fold: The measurement
 

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 # It reads from top to bottom, in the order in which it runs, and needs PyTorch alone.
 # You need not read it to use it.
 
-# fold: batched_jacobian, to copy or to download (about 250 lines)
+# fold: batched_jacobian, to copy or to download
 METHODS = "linear layers", "vmap(jacrev)", "sample by sample", "definition"
 LARGE = 2**17  # N * weight.numel() of a layer for which an outer product pays
 LIMIT = 10  # roundings: a right Jacobian is off by fewer
@@ -58,10 +58,12 @@ def batched_jacobian(model, X, *, out=None, method=None):
     with unchanged(model):
         leaves, X = differentiable(params, X)
         layers = linear_layers(model, len(X))
-        copies = {name: p.clone() for name, p in leaves.items()}  # the model may write
-        fs = None if method and out is None else outputs(model, copies, X)
-        if fs is not None and not fs.isfinite().all():
-            raise ValueError("model(X) is not finite")
+        fs = None
+        if method is None or out is not None:
+            copies = {name: p.clone() for name, p in leaves.items()}  # it may write
+            fs = outputs(model, copies, X)
+            if not fs.isfinite().all():
+                raise ValueError("model(X) is not finite")
         if out is not None:
             check_blocks(out, fs, params)
         calls = {
