@@ -453,6 +453,13 @@ def test_random_models_draw_as_the_model_does(jacobian):
     assert_close(dict(J), expected)
 
 
+def test_frozen_layers_are_not_computed_by_structure(names, monkeypatch):
+    monkeypatch.setitem(names, "LARGE", 0)
+    model = mlp(4, 5, 3)
+    model[0].weight.requires_grad_(False)
+    assert names["linear_layers"](model, 6) == [model[2]]
+
+
 class Masked(nn.Linear):
     """A layer that masks its weight in each call, as masked convolutions do."""
 
