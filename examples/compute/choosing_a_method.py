@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from itertools import accumulate, pairwise, product
 from pathlib import Path
@@ -166,42 +167,31 @@ def batched_jacobian(model, X, *, out=None, method=None):
     J, left = Jacobian.fromkeys(params), list(params)
     with unchanged(model):
         leaves, X = differentiable(params, X)
-        layers = linear_layers(model, len(X))
-        fs = None
-        if method is None or out is not None:
-            copies = {name: p.clone() for name, p in leaves.items()}  # it may write
-            fs = outputs(model, copies, X)
-            if not fs.isfinite().all():
-                raise ValueError("model(X) is not finite")
+        fs, layers = forward(model, leaves, X)
         if out is not None:
             check_blocks(out, fs, params)
-        calls = {
-            "linear layers": lambda: from_vmap(model, leaves, left, X, layers),
-            "vmap(jacrev)": lambda: from_vmap(model, leaves, left, X, []),
-            "sample by sample": lambda: from_rows(
-                (outputs(model, leaves, x)[0] for x in X.split(1)), leaves, left
-            ),
-            "definition": lambda: from_rows(
-                outputs(model, leaves, X) if fs is None else fs, leaves, left
-            ),
-        }
-        for J.method in [method] if method else METHODS[not layers :]:
-            try:
-                blocks = calls[J.method]()
-            except Exception:
-                if J.method in (method, "definition"):
-                    raise
-                continue
+
+        def fill():
+            blocks = blocks_by(J.method, model, leaves, left, X, fs, layers)
             for name, block in blocks.items():
-                J[name] = write(block, params[name], out and out[name])
-            if J.method in (method, "definition"):
-                return J
+                J[name] = write(block, out and out[name])
+            return blocks
+
+        quick = METHODS[0 if layers else 1 : -1]
+        for J.method in quick if method is None else ():
+            try:
+                blocks = fill()
+            except Exception:
+                continue
             u = random_weights(fs)
             sums = {name: weighted_sum(u, block) for name, block in blocks.items()}
             errors = errors_in_roundings(model, leaves, X, fs, u, sums)
             left = [name for name, error in errors.items() if not error <= LIMIT]
             if not left:
                 return J
+        J.method = method or "definition"
+        fill()
+        return J
 
 
 def trainable(model):
@@ -214,6 +204,29 @@ def trainable(model):
     return params
 
 
+@contextmanager
+def unchanged(model):
+    """Ignore warnings, and put back what a call of the model changes."""
+    values = [v for m in model.modules() for v in (vars(m), *vars(m).values())]
+    containers = [(v, v.copy()) for v in values if isinstance(v, (dict, list, set))]
+    tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            # A reentrant checkpoint would hide its parameters from the gradient.
+            warnings.filterwarnings("error", "None of the inputs have requires_grad")
+            for module in model.modules():  # hooks that could change the gradient
+                module._backward_hooks.clear()
+                module._backward_pre_hooks.clear()
+            yield
+    finally:
+        for now, before in containers:
+            now.clear()
+            (now.extend if isinstance(now, list) else now.update)(before)
+        for now, before in tensors:
+            if not torch.equal(now, before):
+                now.data.copy_(before)
+
+
 def differentiable(params, X):
     """Return detached parameters and a copy of ``X``, both to differentiate by."""
     if not isinstance(X, torch.Tensor) or X.ndim == 0 or len(X) == 0:
@@ -221,6 +234,27 @@ def differentiable(params, X):
         raise ValueError(f"X must be a tensor [N, ...] with N > 0, but is {got}")
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     return leaves, X.detach().clone().requires_grad_(X.is_floating_point())
+
+
+def forward(model, leaves, X):
+    """Return ``fs``, and the large linear layers that see one vector of each sample."""
+    owners = Counter(p for m in model.modules() for p in m.parameters(recurse=False))
+    layers = [m for m in model.modules() if type(m) is nn.Linear]
+    layers = [m for m in layers if len(X) * m.weight.numel() >= LARGE]
+    layers = [m for m in layers if {m.weight, m.bias} == set(m.parameters())]
+    layers = [m for m in layers if all(owners[p] == 1 for p in m.parameters())]
+    layers = [m for m in layers if m.weight.requires_grad and m.bias.requires_grad]
+    vectors = Counter()
+
+    def count(layer, args, output):
+        vectors[layer] += output.numel() // output.shape[-1]
+
+    copies = {name: p.clone() for name, p in leaves.items()}  # the model may write
+    with hooked(layers, count):
+        fs = outputs(model, copies, X)
+    if not fs.isfinite().all():
+        raise ValueError("model(X) is not finite")
+    return fs, [layer for layer in layers if vectors[layer] == len(X)]
 
 
 def outputs(model, leaves, X):
@@ -239,14 +273,58 @@ def outputs(model, leaves, X):
     return fs
 
 
-def linear_layers(model, N):
-    """Return the linear layers whose blocks are outer products, and large."""
-    layers = [m for m in model.modules() if type(m) is nn.Linear]
-    others = [m for m in model.modules() if type(m) is not nn.Linear]
-    taken = {p for m in others for p in m.parameters(recurse=False)}
-    layers = [m for m in layers if taken.isdisjoint(m.parameters())]
-    large = [m for m in layers if N * m.weight.numel() >= LARGE]
-    return [m for m in large if m.weight.requires_grad]
+def check_blocks(blocks, fs, params):
+    """Raise ``ValueError`` if ``blocks`` are not like the Jacobian of ``fs``."""
+    if not isinstance(blocks, dict):
+        kind = type(blocks).__name__
+        raise ValueError(f"a Jacobian is a dict by name, but this is a {kind}")
+    if set(blocks) != set(params):
+        got = list(blocks)
+        raise ValueError(f"a Jacobian has the names {list(params)}, but this has {got}")
+    for name, p in params.items():
+        block = blocks[name]
+        wanted = f"{list(fs.shape + p.shape)}, {p.dtype}, {p.device}"
+        got = f"{list(block.shape)}, {block.dtype}, {block.device}"
+        if got != wanted:
+            raise ValueError(f"the block of {name} must be {wanted}, but is {got}")
+
+
+def blocks_by(method, model, leaves, names, X, fs, layers):
+    """Return ``{name: block}``, where a block is ``J`` or a pair with this product."""
+    if method == "linear layers":
+        return from_vmap(model, leaves, names, X, layers)
+    if method == "vmap(jacrev)":
+        return from_vmap(model, leaves, names, X, [])
+    if method == "sample by sample":
+        rows = (outputs(model, leaves, x)[0] for x in X.split(1))
+        return from_rows(rows, leaves, names)
+    return from_rows(fs, leaves, names)
+
+
+def from_vmap(model, leaves, names, X, layers):
+    """Return ``{name: block}`` from ``vmap(jacrev)``.
+
+    The block of a bias is ``delta``, the derivative by what its layer returns. Where
+    ``layers`` have one, that of the weight is ``(delta [N, C, O], a [N, I])``, with
+    the layer's input ``a``: ``J[n, c, o, i] = delta[n, c, o] * a[n, i]``.
+    """
+    name_of = {p: name for name, p in model.named_parameters()}
+    linear = {m: (name_of[m.weight], name_of[m.bias]) for m in layers}
+    fixed = {weight: leaves[weight].detach() for weight, _ in linear.values()}
+    rest = {name: leaves[name].detach() for name in names if name not in fixed}
+
+    def f(rest, x):
+        inputs = {}
+
+        def keep(layer, args, output):
+            inputs[layer] = args[0].flatten()
+
+        with hooked(layers, keep):
+            return outputs(model, fixed | rest, x[None])[0], inputs
+
+    blocks, inputs = vmap(jacrev(f, has_aux=True), (None, 0))(rest, X.detach())
+    pairs = {w: (blocks[b], inputs[layer]) for layer, (w, b) in linear.items()}
+    return blocks | pairs
 
 
 @contextmanager
@@ -257,49 +335,6 @@ def hooked(layers, hook):
     finally:
         for handle in handles:
             handle.remove()
-
-
-def from_vmap(model, leaves, names, X, layers):
-    """Return ``{name: block}`` from ``vmap(jacrev)``.
-
-    A parameter of ``layers`` has ``[(delta [N, C, O], a [N, I]), ...]`` for its calls:
-    ``J[n, c, o, i] = delta[n, c, o] * a[n, i]``. ``a`` is the layer's input, and
-    ``delta`` the derivative by a zero that is added to its output.
-    """
-    calls = []
-
-    def record(layer, args, output):
-        calls.append((layer, torch.zeros_like(output)))
-
-    with hooked(layers, record):
-        _ = outputs(model, leaves, X[:1]) if layers else None
-    several = [layer for layer, zero in calls if zero.numel() > zero.shape[-1]]
-    layers = [layer for layer in layers if layer not in several]
-    calls = [(layer, zero) for layer, zero in calls if layer not in several]
-    owned = {p: name for name, p in model.named_parameters() if name in names}
-    pairs = {owned[p]: [] for m, _ in calls for p in (m.weight, m.bias) if p in owned}
-    rest = {name: leaves[name].detach() for name in names if name not in pairs}
-    fixed = {name: p.detach() for name, p in leaves.items() if name not in rest}
-
-    def f(rest, zeros, x):
-        zeros, inputs = iter(zeros), []
-
-        def add(layer, args, output):
-            inputs.append(args[0])
-            return output + next(zeros)
-
-        with hooked(layers, add):
-            return outputs(model, fixed | rest, x[None])[0], inputs
-
-    f_jacobian = vmap(jacrev(f, (0, 1), has_aux=True), (None, None, 0))
-    zeros = [zero for _, zero in calls]
-    (blocks, deltas), inputs = f_jacobian(rest, zeros, X.detach())
-    for (layer, _), delta, a in zip(calls, deltas, inputs):
-        delta, a = delta.flatten(2), a.flatten(1)
-        for p, factor in (layer.weight, a), (layer.bias, torch.ones_like(a[:, :1])):
-            if p in owned:
-                pairs[owned[p]].append((delta, factor))
-    return blocks | pairs
 
 
 def from_rows(rows, leaves, names):
@@ -319,40 +354,37 @@ def from_rows(rows, leaves, names):
     return dict(zip(names, map(torch.stack, zip(*blocks))))
 
 
-def write(block, p, out):
+def write(block, out):
     """Return a block as a tensor ``[N, C, *p.shape]``: in ``out``, if that is given."""
     if isinstance(block, torch.Tensor):
         return block.detach().contiguous() if out is None else out.copy_(block)
+    delta, a = block
     if out is None:
-        out = p.new_empty(*block[0][0].shape[:2], *p.shape).detach()
-    for call, (delta, a) in enumerate(block):
-        column, row = delta.flatten(1)[:, :, None].to(p.dtype), a[:, None].to(p.dtype)
-        flat = out.view(*column.shape[:2], -1)  # [N, C * O, I]
-        flat.baddbmm_(column, row, beta=int(call > 0))  # the first call overwrites
+        out = delta.new_empty(*delta.shape, a.shape[1])
+    column, row = delta.flatten(1)[:, :, None], a[:, None].to(delta.dtype)
+    torch.bmm(column, row, out=out.view(len(a), -1, a.shape[1]))
     return out
-
-
-def weighted_sum(u, block):
-    """Return the sum of ``u[n, c] * J[n, c]``, and the norm of ``J``."""
-    if isinstance(block, torch.Tensor):
-        return torch.tensordot(u.to(block.dtype), block, 2), norm(block)
-    total, size = 0, 0
-    for delta, a in block:
-        total = total + torch.einsum("nc,nco->on", u.to(delta.dtype), delta) @ a
-        size += norm(delta.norm(dim=2) * a.norm(dim=1)[:, None])
-    return total, size
-
-
-def norm(tensor):
-    """Return the norm as a number, which float16 would not hold."""
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return torch.linalg.vector_norm(tensor, dtype=wide).item()
 
 
 def random_weights(fs, seed=0):
     """Return normal numbers like ``fs``, without the global random generator."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(fs.shape, generator=generator, device="cpu").to(fs)
+
+
+def weighted_sum(u, block):
+    """Return the sum of ``u[n, c] * J[n, c]``, and the norm of ``J``."""
+    if isinstance(block, torch.Tensor):
+        return torch.tensordot(u.to(block.dtype), block, 2), norm(block)
+    delta, a = block
+    total = torch.einsum("nc,nco->on", u.to(delta.dtype), delta) @ a.to(delta.dtype)
+    return total, norm(delta.flatten(1).norm(dim=1) * a.norm(dim=1))
+
+
+def norm(tensor):
+    """Return the norm as a number, which float16 would not hold."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor, dtype=wide).item()
 
 
 def errors_in_roundings(model, leaves, X, fs, u, sums):
@@ -418,45 +450,6 @@ def product_precision(fs):
     if "bf16" in modes:
         return 2**-8
     return 2**-11 if "tf32" in modes else torch.finfo(fs.dtype).eps
-
-
-def check_blocks(blocks, fs, params):
-    """Raise ``ValueError`` if ``blocks`` are not like the Jacobian of ``fs``."""
-    if not isinstance(blocks, dict):
-        kind = type(blocks).__name__
-        raise ValueError(f"a Jacobian is a dict by name, but this is a {kind}")
-    if set(blocks) != set(params):
-        got = list(blocks)
-        raise ValueError(f"a Jacobian has the names {list(params)}, but this has {got}")
-    for name, p in params.items():
-        block, shape = blocks[name], fs.shape + p.shape
-        if (block.shape, block.dtype, block.device) != (shape, p.dtype, p.device):
-            wanted = f"{list(shape)}, {p.dtype}, {p.device}"
-            got = f"{list(block.shape)}, {block.dtype}, {block.device}"
-            raise ValueError(f"the block of {name} must be {wanted}, but is {got}")
-
-
-@contextmanager
-def unchanged(model):
-    """Ignore warnings, and put back what a call of the model changes."""
-    values = [v for m in model.modules() for v in (vars(m), *vars(m).values())]
-    containers = [(v, v.copy()) for v in values if isinstance(v, (dict, list, set))]
-    tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            # A reentrant checkpoint would hide its parameters from the gradient.
-            warnings.filterwarnings("error", "None of the inputs have requires_grad")
-            for module in model.modules():  # hooks that could change the gradient
-                module._backward_hooks.clear()
-                module._backward_pre_hooks.clear()
-            yield
-    finally:
-        for now, before in containers:
-            now.clear()
-            (now.extend if isinstance(now, list) else now.update)(before)
-        for now, before in tensors:
-            if not torch.equal(now, before):
-                now.data.copy_(before)
 
 
 # %%

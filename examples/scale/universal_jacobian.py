@@ -10,6 +10,7 @@ it does on which model, and how its time compares with ``vmap(jacrev)``.
 
 import statistics
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from itertools import pairwise, product
 
@@ -22,10 +23,11 @@ from torch.utils.benchmark import timer
 from torch.utils.checkpoint import checkpoint
 
 # %%
-# The function to take away
-# -------------------------
-# It reads from top to bottom, in the order in which it runs, and needs PyTorch alone.
-# You need not read it to use it.
+# Shortest use
+# ------------
+# The function is folded here: copy it, or download it. It needs PyTorch alone, and
+# reads from top to bottom, in the order in which it runs. You need not read it to use
+# it.
 
 # fold: batched_jacobian, to copy or to download
 METHODS = "linear layers", "vmap(jacrev)", "sample by sample", "definition"
@@ -57,42 +59,31 @@ def batched_jacobian(model, X, *, out=None, method=None):
     J, left = Jacobian.fromkeys(params), list(params)
     with unchanged(model):
         leaves, X = differentiable(params, X)
-        layers = linear_layers(model, len(X))
-        fs = None
-        if method is None or out is not None:
-            copies = {name: p.clone() for name, p in leaves.items()}  # it may write
-            fs = outputs(model, copies, X)
-            if not fs.isfinite().all():
-                raise ValueError("model(X) is not finite")
+        fs, layers = forward(model, leaves, X)
         if out is not None:
             check_blocks(out, fs, params)
-        calls = {
-            "linear layers": lambda: from_vmap(model, leaves, left, X, layers),
-            "vmap(jacrev)": lambda: from_vmap(model, leaves, left, X, []),
-            "sample by sample": lambda: from_rows(
-                (outputs(model, leaves, x)[0] for x in X.split(1)), leaves, left
-            ),
-            "definition": lambda: from_rows(
-                outputs(model, leaves, X) if fs is None else fs, leaves, left
-            ),
-        }
-        for J.method in [method] if method else METHODS[not layers :]:
-            try:
-                blocks = calls[J.method]()
-            except Exception:
-                if J.method in (method, "definition"):
-                    raise
-                continue
+
+        def fill():
+            blocks = blocks_by(J.method, model, leaves, left, X, fs, layers)
             for name, block in blocks.items():
-                J[name] = write(block, params[name], out and out[name])
-            if J.method in (method, "definition"):
-                return J
+                J[name] = write(block, out and out[name])
+            return blocks
+
+        quick = METHODS[0 if layers else 1 : -1]
+        for J.method in quick if method is None else ():
+            try:
+                blocks = fill()
+            except Exception:
+                continue
             u = random_weights(fs)
             sums = {name: weighted_sum(u, block) for name, block in blocks.items()}
             errors = errors_in_roundings(model, leaves, X, fs, u, sums)
             left = [name for name, error in errors.items() if not error <= LIMIT]
             if not left:
                 return J
+        J.method = method or "definition"
+        fill()
+        return J
 
 
 def trainable(model):
@@ -137,14 +128,25 @@ def differentiable(params, X):
     return leaves, X.detach().clone().requires_grad_(X.is_floating_point())
 
 
-def linear_layers(model, N):
-    """Return the linear layers whose blocks are outer products, and large."""
+def forward(model, leaves, X):
+    """Return ``fs``, and the large linear layers that see one vector of each sample."""
+    owners = Counter(p for m in model.modules() for p in m.parameters(recurse=False))
     layers = [m for m in model.modules() if type(m) is nn.Linear]
-    others = [m for m in model.modules() if type(m) is not nn.Linear]
-    taken = {p for m in others for p in m.parameters(recurse=False)}
-    layers = [m for m in layers if taken.isdisjoint(m.parameters())]
-    large = [m for m in layers if N * m.weight.numel() >= LARGE]
-    return [m for m in large if m.weight.requires_grad]
+    layers = [m for m in layers if len(X) * m.weight.numel() >= LARGE]
+    layers = [m for m in layers if {m.weight, m.bias} == set(m.parameters())]
+    layers = [m for m in layers if all(owners[p] == 1 for p in m.parameters())]
+    layers = [m for m in layers if m.weight.requires_grad and m.bias.requires_grad]
+    vectors = Counter()
+
+    def count(layer, args, output):
+        vectors[layer] += output.numel() // output.shape[-1]
+
+    copies = {name: p.clone() for name, p in leaves.items()}  # the model may write
+    with hooked(layers, count):
+        fs = outputs(model, copies, X)
+    if not fs.isfinite().all():
+        raise ValueError("model(X) is not finite")
+    return fs, [layer for layer in layers if vectors[layer] == len(X)]
 
 
 def outputs(model, leaves, X):
@@ -172,53 +174,48 @@ def check_blocks(blocks, fs, params):
         got = list(blocks)
         raise ValueError(f"a Jacobian has the names {list(params)}, but this has {got}")
     for name, p in params.items():
-        block, shape = blocks[name], fs.shape + p.shape
-        if (block.shape, block.dtype, block.device) != (shape, p.dtype, p.device):
-            wanted = f"{list(shape)}, {p.dtype}, {p.device}"
-            got = f"{list(block.shape)}, {block.dtype}, {block.device}"
+        block = blocks[name]
+        wanted = f"{list(fs.shape + p.shape)}, {p.dtype}, {p.device}"
+        got = f"{list(block.shape)}, {block.dtype}, {block.device}"
+        if got != wanted:
             raise ValueError(f"the block of {name} must be {wanted}, but is {got}")
+
+
+def blocks_by(method, model, leaves, names, X, fs, layers):
+    """Return ``{name: block}``, where a block is ``J`` or a pair with this product."""
+    if method == "linear layers":
+        return from_vmap(model, leaves, names, X, layers)
+    if method == "vmap(jacrev)":
+        return from_vmap(model, leaves, names, X, [])
+    if method == "sample by sample":
+        rows = (outputs(model, leaves, x)[0] for x in X.split(1))
+        return from_rows(rows, leaves, names)
+    return from_rows(fs, leaves, names)
 
 
 def from_vmap(model, leaves, names, X, layers):
     """Return ``{name: block}`` from ``vmap(jacrev)``.
 
-    A parameter of ``layers`` has ``[(delta [N, C, O], a [N, I]), ...]`` for its calls:
-    ``J[n, c, o, i] = delta[n, c, o] * a[n, i]``. ``a`` is the layer's input, and
-    ``delta`` the derivative by a zero that is added to its output.
+    The block of a bias is ``delta``, the derivative by what its layer returns. Where
+    ``layers`` have one, that of the weight is ``(delta [N, C, O], a [N, I])``, with
+    the layer's input ``a``: ``J[n, c, o, i] = delta[n, c, o] * a[n, i]``.
     """
-    calls = []
+    name_of = {p: name for name, p in model.named_parameters()}
+    linear = {m: (name_of[m.weight], name_of[m.bias]) for m in layers}
+    fixed = {weight: leaves[weight].detach() for weight, _ in linear.values()}
+    rest = {name: leaves[name].detach() for name in names if name not in fixed}
 
-    def record(layer, args, output):
-        calls.append((layer, torch.zeros_like(output)))
+    def f(rest, x):
+        inputs = {}
 
-    with hooked(layers, record):
-        _ = outputs(model, leaves, X[:1]) if layers else None
-    several = [layer for layer, zero in calls if zero.numel() > zero.shape[-1]]
-    layers = [layer for layer in layers if layer not in several]
-    calls = [(layer, zero) for layer, zero in calls if layer not in several]
-    owned = {p: name for name, p in model.named_parameters() if name in names}
-    pairs = {owned[p]: [] for m, _ in calls for p in (m.weight, m.bias) if p in owned}
-    rest = {name: leaves[name].detach() for name in names if name not in pairs}
-    fixed = {name: p.detach() for name, p in leaves.items() if name not in rest}
+        def keep(layer, args, output):
+            inputs[layer] = args[0].flatten()
 
-    def f(rest, zeros, x):
-        zeros, inputs = iter(zeros), []
-
-        def add(layer, args, output):
-            inputs.append(args[0])
-            return output + next(zeros)
-
-        with hooked(layers, add):
+        with hooked(layers, keep):
             return outputs(model, fixed | rest, x[None])[0], inputs
 
-    f_jacobian = vmap(jacrev(f, (0, 1), has_aux=True), (None, None, 0))
-    zeros = [zero for _, zero in calls]
-    (blocks, deltas), inputs = f_jacobian(rest, zeros, X.detach())
-    for (layer, _), delta, a in zip(calls, deltas, inputs):
-        delta, a = delta.flatten(2), a.flatten(1)
-        for p, factor in (layer.weight, a), (layer.bias, torch.ones_like(a[:, :1])):
-            if p in owned:
-                pairs[owned[p]].append((delta, factor))
+    blocks, inputs = vmap(jacrev(f, has_aux=True), (None, 0))(rest, X.detach())
+    pairs = {w: (blocks[b], inputs[layer]) for layer, (w, b) in linear.items()}
     return blocks | pairs
 
 
@@ -249,16 +246,15 @@ def from_rows(rows, leaves, names):
     return dict(zip(names, map(torch.stack, zip(*blocks))))
 
 
-def write(block, p, out):
+def write(block, out):
     """Return a block as a tensor ``[N, C, *p.shape]``: in ``out``, if that is given."""
     if isinstance(block, torch.Tensor):
         return block.detach().contiguous() if out is None else out.copy_(block)
+    delta, a = block
     if out is None:
-        out = p.new_empty(*block[0][0].shape[:2], *p.shape).detach()
-    for call, (delta, a) in enumerate(block):
-        column, row = delta.flatten(1)[:, :, None].to(p.dtype), a[:, None].to(p.dtype)
-        flat = out.view(*column.shape[:2], -1)  # [N, C * O, I]
-        flat.baddbmm_(column, row, beta=int(call > 0))  # the first call overwrites
+        out = delta.new_empty(*delta.shape, a.shape[1])
+    column, row = delta.flatten(1)[:, :, None], a[:, None].to(delta.dtype)
+    torch.bmm(column, row, out=out.view(len(a), -1, a.shape[1]))
     return out
 
 
@@ -272,11 +268,9 @@ def weighted_sum(u, block):
     """Return the sum of ``u[n, c] * J[n, c]``, and the norm of ``J``."""
     if isinstance(block, torch.Tensor):
         return torch.tensordot(u.to(block.dtype), block, 2), norm(block)
-    total, size = 0, 0
-    for delta, a in block:
-        total = total + torch.einsum("nc,nco->on", u.to(delta.dtype), delta) @ a
-        size += norm(delta.norm(dim=2) * a.norm(dim=1)[:, None])
-    return total, size
+    delta, a = block
+    total = torch.einsum("nc,nco->on", u.to(delta.dtype), delta) @ a.to(delta.dtype)
+    return total, norm(delta.flatten(1).norm(dim=1) * a.norm(dim=1))
 
 
 def norm(tensor):
@@ -351,14 +345,10 @@ def product_precision(fs):
 
 
 # %%
-# Shortest use
-# ------------
 # A tensor ``X`` of ``N`` samples goes in. Each parameter of shape ``p.shape`` has a
 # block of shape ``[N, C, *p.shape]`` in the result.
 
-torch.set_default_dtype(torch.float64)
 _ = torch.manual_seed(0)
-
 N, C = 15, 5
 model = nn.Sequential(nn.Linear(10, 7), nn.ReLU(), nn.Linear(7, C))
 X = torch.rand(N, 10)
@@ -368,7 +358,8 @@ for name, block in J.items():
     print(f"{name}: {list(block.shape)}")
 
 # %%
-# We compare it with the definition: one backward pass for each sample and output.
+# In double precision we compare it with the definition: one backward pass for each
+# sample and output.
 
 # fold: The autograd loop, slow and exact
 
@@ -384,6 +375,9 @@ def autograd_loop(model, X):
     return dict(zip(params, blocks))
 
 
+torch.set_default_dtype(torch.float64)
+model, X = model.double(), X.double()
+J = batched_jacobian(model, X)
 assert_close(dict(J), autograd_loop(model, X))
 print(f"batched_jacobian agrees with the autograd loop for {len(J)} parameters.")
 
@@ -456,11 +450,11 @@ for case, (net, inputs) in cases.items():
 # %%
 # How it works
 # ------------
-# One ``vmap(jacrev)`` computes all blocks; those of large linear layers are outer
-# products of two small arrays, so it computes these arrays instead, as
-# ``scale/layer_structure.py`` explains. Then, for random weights ``u`` of shape
-# ``[N, C]``, the sum of ``u * J`` has to be the gradient of ``(u * fs).sum()``, up to
-# the rounding that this gradient shows on this model: the check of
+# One ``vmap(jacrev)`` computes all blocks but those of the weights of large linear
+# layers. Such a block is the outer product of the layer's input and of the block of its
+# bias, as ``scale/layer_structure.py`` explains. Then, for random weights ``u`` of
+# shape ``[N, C]``, the sum of ``u * J`` has to be the gradient of ``(u * fs).sum()``,
+# up to the rounding that this gradient shows on this model: the check of
 # ``trust/check_a_jacobian.py``. A parameter for which it is not gets its block from the
 # next method; the last one is the definition, and needs no check. These are the
 # methods, in the order in which they are tried:

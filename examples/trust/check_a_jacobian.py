@@ -167,11 +167,9 @@ def weighted_sum(u, block):
     """Return the sum of ``u[n, c] * J[n, c]``, and the norm of ``J``."""
     if isinstance(block, torch.Tensor):
         return torch.tensordot(u.to(block.dtype), block, 2), norm(block)
-    total, size = 0, 0
-    for delta, a in block:
-        total = total + torch.einsum("nc,nco->on", u.to(delta.dtype), delta) @ a
-        size += norm(delta.norm(dim=2) * a.norm(dim=1)[:, None])
-    return total, size
+    delta, a = block
+    total = torch.einsum("nc,nco->on", u.to(delta.dtype), delta) @ a.to(delta.dtype)
+    return total, norm(delta.flatten(1).norm(dim=1) * a.norm(dim=1))
 
 
 def norm(tensor):
@@ -260,10 +258,10 @@ def check_blocks(blocks, fs, params):
         got = list(blocks)
         raise ValueError(f"a Jacobian has the names {list(params)}, but this has {got}")
     for name, p in params.items():
-        block, shape = blocks[name], fs.shape + p.shape
-        if (block.shape, block.dtype, block.device) != (shape, p.dtype, p.device):
-            wanted = f"{list(shape)}, {p.dtype}, {p.device}"
-            got = f"{list(block.shape)}, {block.dtype}, {block.device}"
+        block = blocks[name]
+        wanted = f"{list(fs.shape + p.shape)}, {p.dtype}, {p.device}"
+        got = f"{list(block.shape)}, {block.dtype}, {block.device}"
+        if got != wanted:
             raise ValueError(f"the block of {name} must be {wanted}, but is {got}")
 
 
