@@ -457,11 +457,11 @@ def add_factors(K, delta, a, delta_Z, a_Z):
             D = torch.einsum("nco,mdo->ncmd", delta[n, :, 0], delta_Z[m, :, 0])
             tile.addcmul_(D, (a[n, 0] @ a_Z[m, 0].mT)[:, None, :, None])
         return
-    rows = delta.mT.flatten(2)  # [N, C, O * T]
-    for m, (delta_m, a_m) in enumerate(zip(delta_Z.mT.flatten(1, 2), a_Z)):
+    rows, weights = delta.flatten(2), delta_Z.permute(0, 2, 3, 1).flatten(2)
+    for m, (weight, a_m) in enumerate(zip(weights, a_Z)):  # [S, O * C] and [S, I]
         n = slice(m if is_symmetric else 0, None)
-        moved = delta_m @ (a[n] @ a_m.mT).mT  # [n, C * O, T]
-        K[n, :, m] += rows[n] @ moved.view(-1, *rows.shape[1:]).mT
+        moved = (a[n] @ a_m.mT) @ weight  # [n, T, O * C]
+        K[n, :, m] += rows[n] @ moved.view(-1, T * n_out, K.shape[3])
 
 
 def add_blocks(K, rows, rows_Z):
