@@ -563,18 +563,28 @@ print(f"{list(J.shape)}: Cauchy-Riemann holds, and autograd returns the conjugat
 # %%
 # Several models at once
 # ----------------------
-# ``stack_module_state`` stacks the parameters of ``M`` models of one architecture. A
-# second ``vmap`` runs over the models, and the Jacobian is ``[M, N, C, *p.shape]``.
-
-models = [nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, C)) for _ in range(M)]
-stacked = {k: p.detach() for k, p in stack_module_state(models)[0].items()}
+# ``stack_module_state`` stacks the parameters of ``M`` models of one architecture, and
+# their buffers: each model has its own batch norm. A second ``vmap`` runs over the
+# models, and the Jacobian is ``[M, N, C, *p.shape]``.
 
 
-def of_one_model(params, x):
-    return functional_call(models[0], params, x[None])[0]
+def with_norm():
+    net = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, C))
+    net(torch.randn(20, 5))  # statistics
+    return net.eval()
 
 
-J = vmap(vmap(jacrev(of_one_model), (None, 0)), (0, None))(stacked, X)
+models = [with_norm() for _ in range(M)]
+stacked, buffers = stack_module_state(models)
+stacked = {name: p.detach() for name, p in stacked.items()}
+
+
+def of_one_model(params, buffers, x):
+    return functional_call(models[0], (params, buffers), x[None])[0]
+
+
+rows = vmap(jacrev(of_one_model), (None, None, 0))
+J = vmap(rows, (0, 0, None))(stacked, buffers, X)
 for m, model in enumerate(models):
     blocks = loop(model(X), dict(model.named_parameters()))
     assert_close({name: block[m] for name, block in J.items()}, blocks)
