@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.functional import jacobian
-from torch.func import functional_call, jacrev, vmap
+from torch.func import functional_call, jacrev, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
@@ -232,14 +232,15 @@ def test_complex_parameters(seed, names):
 
 
 def test_several_models(names, cell):
-    models = [nn.Linear(4, 3) for _ in range(5)]
+    models = [nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)) for _ in range(5)]
+    for model in models:
+        model(torch.randn(9, 4))
+        model.eval()
     X = torch.rand(N, 4)
-    stacked = {
-        k: torch.stack([m.get_parameter(k).detach() for m in models])
-        for k in ("weight", "bias")
-    }
-    f = cell("of_one_model", models=models)
-    J = vmap(vmap(jacrev(f), (None, 0)), (0, None))(stacked, X)
+    stacked, buffers = stack_module_state(models)
+    stacked = {name: p.detach() for name, p in stacked.items()}
+    f = vmap(jacrev(cell("of_one_model", models=models)), (None, None, 0))
+    J = vmap(f, (0, 0, None))(stacked, buffers, X)
     for m, model in enumerate(models):
         assert_close({k: J[k][m] for k in stacked}, reference(model, (X,)))
 

@@ -583,8 +583,8 @@ def of_one_model(params, buffers, x):
     return functional_call(models[0], (params, buffers), x[None])[0]
 
 
-rows = vmap(jacrev(of_one_model), (None, None, 0))
-J = vmap(rows, (0, 0, None))(stacked, buffers, X)
+jacobian_of_one = vmap(jacrev(of_one_model), (None, None, 0))
+J = vmap(jacobian_of_one, (0, 0, None))(stacked, buffers, X)
 for m, model in enumerate(models):
     blocks = loop(model(X), dict(model.named_parameters()))
     assert_close({name: block[m] for name, block in J.items()}, blocks)
