@@ -55,24 +55,38 @@ def fold(document):
         logger.warning(text, lost[0], location=document)
 
 
-def lift_figure(document, script):
-    """Show the main figure, the thumbnail's, below the first paragraph."""
+def enlarging(image, docname, *more):
+    """Return a paragraph in which ``image`` is a link to its largest file.
+
+    A phone shows that file at any size.
+    """
+    name = image["srcset"].split("/")[-1].split(" ")[0]
+    uri = "../" * docname.count("/") + f"_images/{name}"
+    link = nodes.reference("", "", image, *more, internal=True, refuri=uri)
+    return nodes.paragraph("", "", link, classes=["enlarging"])
+
+
+def place_figures(document, script, docname):
+    """Link each figure, and show the thumbnail's below the first paragraph."""
     figures = list(document.findall(imgsgnode))
+    for figure in figures:
+        figure.replace_self(enlarging(figure.copy(), docname))
     if not figures:
         return
     number = extract_file_config(script).get("thumbnail_number", 1)
     if number > len(figures):
         logger.warning("there is no figure %d", number, location=document)
         return
-    figure = figures[number - 1]
-    figure.parent.insert(figure.parent.index(figure), nodes.target(ids=["main-figure"]))
+    main = list(document.findall(imgsgnode))[number - 1]
+    main.parent.parent["ids"].append("main-figure")
     # The text stands below it, once for all readers.
-    image = figure.copy()
+    image = main.copy()
     image["alt"] = ""
-    text = nodes.inline("", figure["alt"])
-    link = nodes.reference("", "", image, text, internal=True, refid="main-figure")
+    lead = enlarging(image, docname, nodes.inline("", main["alt"]))
+    lead["classes"].append("lead-figure")
+    text = "How this figure is made"
+    lead += nodes.reference("", text, internal=True, refid="main-figure")
     first = first_paragraph(document)
-    lead = nodes.paragraph("", "", link, classes=["lead-figure"])
     first.parent.insert(first.parent.index(first) + 1, lead)
 
 
@@ -103,7 +117,7 @@ def complete_tutorial(app, document):
         script = path.read_text()
         fold(document)
         introduce(document, script)
-        lift_figure(document, script)
+        place_figures(document, script, docname)
 
 
 def offer_colab(app, document, docname):
