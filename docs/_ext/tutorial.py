@@ -21,8 +21,11 @@ PACKAGES = {
 }
 
 
+LONG = 40  # lines of an output from which on it is closed
+
+
 class details(nodes.General, nodes.Element):
-    """Code that a reader need not read, closed until it is asked for."""
+    """Code or output that a reader need not read, closed until it is asked for."""
 
 
 class summary(nodes.General, nodes.TextElement):
@@ -42,7 +45,7 @@ def packages(tree):
 
 
 def fold(document):
-    """Close each cell whose first line is a comment such as ``# fold: Training``."""
+    """Close long outputs, and each cell that starts with, say, ``# fold: Training``."""
     for block in list(document.findall(nodes.literal_block)):
         if found := re.match(r"# fold: (.+)\n+", block.astext()):
             code = block.astext()[found.end() :]
@@ -50,6 +53,12 @@ def fold(document):
             folded.rawsource = code
             folded += nodes.Text(code)
             block.replace_self(details("", summary(found[1], found[1]), folded))
+        count = block.astext().count("\n") + 1
+        if "sphx-glr-script-out" in block["classes"] and count >= LONG:
+            text = f"Output of {count} lines"
+            closed = details("", summary(text, text), classes=["output"])
+            block.parent.replace(block, closed)
+            closed += block
     if lost := re.search(r"^(# ?)?fold:.*", document.astext(), re.MULTILINE):
         text = "%r folds nothing: it has to be the first line of a cell of code"
         logger.warning(text, lost[0], location=document)
@@ -135,7 +144,8 @@ def offer_colab(app, document, docname):
 
 
 def visit_details(translator, node):
-    translator.body.append('<details class="fold">')
+    classes = " ".join(["fold", *node["classes"]])
+    translator.body.append(f'<details class="{classes}">')
 
 
 def depart_details(translator, node):
