@@ -208,6 +208,23 @@ def test_followed_anchor_is_readable_and_nothing_jumps(page, visit):
 
 
 @pytest.mark.parametrize("tutorial", TUTORIALS)
+def test_figure_can_be_enlarged_by_key(tutorial, visit):
+    tab = visit(f"auto_examples/{tutorial}.html", 360, java_script_enabled=False)
+    figures = tab.locator("img[srcset]").all()
+    for figure in figures:
+        link = figure.locator("xpath=ancestor::a")
+        file = link.get_attribute("href")
+        name = figure.get_attribute("alt") or link.inner_text()
+        assert tab.get_by_role("link", name=name, exact=True).count()
+        assert file in figure.get_attribute("srcset")
+    if figures:
+        width = link.evaluate("(link) => link.clientWidth")
+        link.press("Enter")
+        tab.wait_for_url(f"**/{file.rpartition('/')[2]}")
+        assert tab.locator("img").evaluate("(image) => image.naturalWidth") > 2 * width
+
+
+@pytest.mark.parametrize("tutorial", TUTORIALS)
 def test_page_needs_no_javascript(tutorial, visit):
     tab = visit(f"auto_examples/{tutorial}.html", 360, java_script_enabled=False)
     formulas = tab.locator("math").evaluate_all(

@@ -136,8 +136,8 @@ def test_main_figure_comes_first(tutorial):
         re.MULTILINE,
     )
     figure = figures[int(number[1]) - 1 if number else 0]
-    link = lead.find_parent("a")
-    assert html.find(id=link["href"].removeprefix("#")).find_next("img") is figure
+    link, how = lead.find_parent("p").select("a")
+    assert html.find(id=how["href"].removeprefix("#")).find("img") is figure
     assert [lead["src"], link.text] == [figure["src"], figure["alt"]]
     assert lead.find_previous("pre") is None
     assert lead["width"].isdigit() and lead["height"].isdigit()

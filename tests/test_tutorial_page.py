@@ -50,6 +50,18 @@ def test_lost_fold_is_a_warning(code, text, caplog):
     assert "folds nothing" in caplog.text
 
 
+@pytest.mark.parametrize("count", [39, 40])
+def test_long_output_is_closed(count):
+    text = "\n".join(map(str, range(count)))
+    output = nodes.literal_block(text, text, classes=["sphx-glr-script-out"])
+    document = page("x = 1")
+    document += output
+    fold(document)
+    closed = list(document.findall(details))
+    assert [part["classes"] for part in closed] == [["output"]] * (count == 40)
+    assert list(document.findall(nodes.literal_block))[1].astext() == text
+
+
 def test_packages_are_named_in_one_order():
     tree = ast.parse(
         "import os.path\nimport zlib\nfrom backpack.extensions import BatchGrad\n"

@@ -115,7 +115,9 @@ def test_page_prints_the_same(tutorial, printed):
 @tutorials
 def test_page_and_notebook_hold_the_code_of_the_script(tutorial):
     # The first line of a folded cell is its summary.
-    parts = page(tutorial).select("details.fold > summary, .highlight-Python pre")
+    parts = page(tutorial).select(
+        "details.fold:not(.output) > summary, .highlight-Python pre"
+    )
     code = lines("# fold: " * (p.name == "summary") + p.text for p in parts)
     cells = notebook(tutorial).cells[1:]
     assert code == lines(cell.source for cell in cells if cell.cell_type == "code")

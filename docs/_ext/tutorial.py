@@ -21,8 +21,11 @@ PACKAGES = {
 }
 
 
+LONG = 40  # lines of an output from which on it is closed
+
+
 class details(nodes.General, nodes.Element):
-    """Code that a reader need not read, closed until it is asked for."""
+    """Code or output that a reader need not read, closed until it is asked for."""
 
 
 class summary(nodes.General, nodes.TextElement):
@@ -42,7 +45,7 @@ def packages(tree):
 
 
 def fold(document):
-    """Close each cell whose first line is a comment such as ``# fold: Training``."""
+    """Close long outputs, and each cell that starts with, say, ``# fold: Training``."""
     for block in list(document.findall(nodes.literal_block)):
         if found := re.match(r"# fold: (.+)\n+", block.astext()):
             code = block.astext()[found.end() :]
@@ -50,29 +53,49 @@ def fold(document):
             folded.rawsource = code
             folded += nodes.Text(code)
             block.replace_self(details("", summary(found[1], found[1]), folded))
+        count = block.astext().count("\n") + 1
+        if "sphx-glr-script-out" in block["classes"] and count >= LONG:
+            text = f"Output of {count} lines"
+            closed = details("", summary(text, text), classes=["output"])
+            block.parent.replace(block, closed)
+            closed += block
     if lost := re.search(r"^(# ?)?fold:.*", document.astext(), re.MULTILINE):
         text = "%r folds nothing: it has to be the first line of a cell of code"
         logger.warning(text, lost[0], location=document)
 
 
-def lift_figure(document, script):
-    """Show the main figure, the thumbnail's, below the first paragraph."""
+def enlarging(image, docname, *more):
+    """Return a paragraph in which ``image`` is a link to its largest file.
+
+    A phone shows that file at any size.
+    """
+    name = image["srcset"].split("/")[-1].split(" ")[0]
+    uri = "../" * docname.count("/") + f"_images/{name}"
+    link = nodes.reference("", "", image, *more, internal=True, refuri=uri)
+    return nodes.paragraph("", "", link, classes=["enlarging"])
+
+
+def place_figures(document, script, docname):
+    """Link each figure, and show the thumbnail's below the first paragraph."""
     figures = list(document.findall(imgsgnode))
+    for figure in figures:
+        figure.replace_self(enlarging(figure.copy(), docname))
     if not figures:
         return
     number = extract_file_config(script).get("thumbnail_number", 1)
     if number > len(figures):
         logger.warning("there is no figure %d", number, location=document)
         return
-    figure = figures[number - 1]
-    figure.parent.insert(figure.parent.index(figure), nodes.target(ids=["main-figure"]))
+    main = list(document.findall(imgsgnode))[number - 1]
+    main.parent.parent["ids"].append("main-figure")
     # The text stands below it, once for all readers.
-    image = figure.copy()
+    image = main.copy()
     image["alt"] = ""
-    text = nodes.inline("", figure["alt"])
-    link = nodes.reference("", "", image, text, internal=True, refid="main-figure")
+    lead = enlarging(image, docname, nodes.inline("", main["alt"]))
+    lead["classes"].append("lead-figure")
+    text = "How this figure is made"
+    lead += nodes.reference("", text, internal=True, refid="main-figure")
     first = first_paragraph(document)
-    lead = nodes.paragraph("", "", link, classes=["lead-figure"])
     first.parent.insert(first.parent.index(first) + 1, lead)
 
 
@@ -103,7 +126,7 @@ def complete_tutorial(app, document):
         script = path.read_text()
         fold(document)
         introduce(document, script)
-        lift_figure(document, script)
+        place_figures(document, script, docname)
 
 
 def offer_colab(app, document, docname):
@@ -121,7 +144,8 @@ def offer_colab(app, document, docname):
 
 
 def visit_details(translator, node):
-    translator.body.append('<details class="fold">')
+    classes = " ".join(["fold", *node["classes"]])
+    translator.body.append(f'<details class="{classes}">')
 
 
 def depart_details(translator, node):

@@ -8,6 +8,8 @@ const products = link("jacobians_without_memory.html#products-with-j-and-its-tra
 const factors = link("neural_tangent_kernel.html#kernel-of-two-batches", "factors");
 const pieces = `${chunks} (rows on disk, sums over J), ${products} (J v, J^T u) or ${factors} (J J^T)`;
 
+// Of the memory; the rest holds the model, the batch and other programs.
+const USABLE = 0.9;
 // Peaks that were measured, in sizes of J: of a method that returns J, and with out=.
 const PEAKS = { linear: [2, 1], other: [5.7, 3.4] };
 const UNITS = ["bytes", "kB", "MB", "GB", "TB", "PB", "EB", "ZB", "YB"];
@@ -32,7 +34,7 @@ function shown(bytes) {
 function answer() {
   const value = Object.fromEntries([...new FormData(form)].map(([name, text]) => [name, number(text)]));
   const wrong = ["N", "C", "P"].filter((name) => !whole(value[name]));
-  const limit = value.memory * 1e9;
+  const limit = USABLE * value.memory * 1e9;
   if (!(limit > 0 && limit < 1e30)) wrong.push("memory");
   for (const field of form.querySelectorAll("input")) {
     field.setAttribute("aria-invalid", wrong.includes(field.name));
@@ -50,7 +52,7 @@ function answer() {
   if (written * size <= limit) return `${takes} fits once: allocate it first, then write into it with ${batched} and out=, or in ${chunks}.`;
   return size <= limit
     ? `${takes} fits once, but not what a method needs beside it: allocate it first, then write into it in ${chunks}.`
-    : `${takes} does not fit: compute ${pieces}, never all of it.`;
+    : `${takes} does not fit into ${100 * USABLE} % of the memory: compute ${pieces}, never all of it.`;
 }
 
 const show = () => { output.innerHTML = answer(); };

@@ -7,6 +7,7 @@ model, which raise, and which return a wrong one without an error. One call judg
 model of your own.
 """
 
+# fold: Imports
 import contextlib
 import copy
 import io
@@ -33,6 +34,14 @@ torch.set_num_threads(1)  # the models are tiny: a second thread only costs time
 _ = torch.manual_seed(0)
 
 # %%
+# What to take
+# ------------
+# - ``vmap(jacrev)`` first, in ``eval()``: it needs no rules, and is wrong only where
+#   samples mix and for very few operations.
+# - ``functional.jacobian`` and ``is_grads_batched`` where it raises: slower, and right
+#   on almost every case.
+# - BackPACK where its rules fit, after ``verdicts``, below, has said so for your model.
+#
 # A wrong derivative without an error
 # -----------------------------------
 # Whether a method is right depends on the layers. BackPACK's ``BatchGrad`` has a rule
@@ -607,7 +616,6 @@ for method in methods:
 
 # fold: How the picture is drawn
 COLORS = {"right": "#56B4E9", "wrong, no error": "#D55E00", "error": "0.85"}
-plt.rcParams["font.size"] = 11
 
 
 def divided_bar(ax, left, row, width, counts):
@@ -618,7 +626,7 @@ def divided_bar(ax, left, row, width, counts):
         left += part
 
 
-fig, ax = plt.subplots(figsize=(5.6, 4.4), layout="constrained")
+fig, ax = plt.subplots(figsize=(5, 4.6), layout="constrained")
 for row, names in enumerate(groups.values()):
     for column, method in enumerate(methods):
         right, wrong, errors = count(names, method)
@@ -634,8 +642,8 @@ ax.tick_params(length=0, labelbottom=False, labeltop=True)
 ax.set(xlim=(-0.08, len(columns)), ylim=(len(rows) - 0.5, -0.5))
 ax.spines[:].set_visible(False)
 right, wrong, _ = count(cases, "vmap(jacrev)")
-title = f"vmap(jacrev): {right} of {len(cases)} right, {wrong} wrong"
-title += f". BatchGrad: {count(cases, 'BatchGrad')[1]} wrong"
+title = f"vmap(jacrev): {right} of {len(cases)} right, {wrong} wrong."
+title += f"\nBatchGrad: {count(cases, 'BatchGrad')[1]} wrong"
 fig.suptitle(title)
 handles, labels = ax.get_legend_handles_labels()
 fig.legend(handles[:3], labels[:3], loc="outside lower center", ncols=3)
@@ -644,13 +652,12 @@ plt.show()
 # %%
 # Other libraries on the same cases
 # ---------------------------------
-# Below the line is what other libraries did on these cases. It is stored, not measured
-# in this run: with torch 2.13.0, in double precision, with a relative tolerance of
-# 1e-6. TorchJD's ``Engine`` was asked with ``batch_dim=None`` and ``batch_dim=0``,
-# curvlinops for products ``J v``, opacus by its hooks. nngeometry has no result for
-# three cases.
+# What other libraries did on these cases is stored, not measured in this run: with
+# torch 2.13.0, in double precision, with a relative tolerance of 1e-6. TorchJD's
+# ``Engine`` was asked with ``batch_dim=None`` and ``batch_dim=0``, curvlinops for
+# products ``J v``, opacus by its hooks. nngeometry has no result for three cases.
 
-# fold: The stored counts, and the picture
+# fold: The stored counts
 stored = {
     "TorchJD 0.18, no batch": (99, 3, 3),
     "TorchJD 0.18, batch": (79, 7, 19),
@@ -658,20 +665,8 @@ stored = {
     "opacus 1.6": (69, 8, 28),
     "nngeometry 0.4": (46, 15, 41),
 }
-rows = {method: count(cases, method) for method in methods} | stored
-fig, ax = plt.subplots(figsize=(5.6, 4.6), layout="constrained")
-for row, counts in enumerate(rows.values()):
-    divided_bar(ax, 0, row, sum(counts), counts)
-    ax.text(1, row, counts[0], va="center")
-    ax.text(107, row, f"{counts[1]} wrong", va="center")
-ax.axhline(len(columns) - 0.5, color="black")
-ax.set_yticks(range(len(rows)), rows)
-ax.set(xlabel="cases", xlim=(0, 134), ylim=(len(rows) - 0.5, -0.5))
-ax.spines[:].set_visible(False)
-fig.suptitle("Right: measured here, and below the line as stored")
-handles, labels = ax.get_legend_handles_labels()
-fig.legend(handles[:3], labels[:3], loc="outside lower center", ncols=3)
-plt.show()
+for library, (right, wrong, errors) in stored.items():
+    print(f"Stored, {library}: {right} right, {wrong} wrong, {errors} errors")
 
 # %%
 # Wrong Jacobians without an error
@@ -768,56 +763,6 @@ for method, text, case in [
     print(f"{method}, {text}: {verdicts(*case)[method]}")
 verdict = verdicts(*cases["LSTM"](), dtype=torch.float32)["vmap(jacrev)"]
 print(f"vmap(jacrev), LSTM in float32: {verdict}")
-for method, name in [
-    ("vmap(jacrev)", "LSTM"),
-    ("BatchGrad, converted", "F.relu"),
-    ("SqrtGGNExact", "Dropout, training"),
-    ("SqrtGGNExact", "Dropout of zeros"),
-]:
-    print(f"{method}, {name}: {results[name, method]}")
-
-# %%
-# LoRA, temperature, padding mask, kept activations
-# -------------------------------------------------
-# Parts of models in use: an adapter of low rank, a temperature that is learned (a
-# parameter without axes), attention with a mask for padding, and a model that keeps its
-# activations.
-
-# fold: The four models
-
-
-def masked(m, x):
-    hidden = m.embed(x)
-    return m.a(hidden, hidden, hidden, x == 0, need_weights=False)[0]
-
-
-def keep(m, x):
-    m.kept = m.a(x)
-    return m.kept
-
-
-low_rank = {"down": nn.Linear(8, 3, bias=False), "up": nn.Linear(3, 9, bias=False)}
-adapter = Own(lambda m, x: m.a(x) + m.up(m.down(x)), a=nn.Linear(8, 9), **low_rank)
-_ = adapter.a.requires_grad_(False)
-temperature = Own(lambda m, x: x / m.a, a=nn.Parameter(torch.tensor(2.0)))
-attention = nn.MultiheadAttention(8, 4, batch_first=True)
-padded = Own(masked, embed=nn.Embedding(11, 8), a=attention)
-in_use = {
-    "LoRA": vectors(adapter),
-    "temperature": vectors(temperature),
-    "padding mask": words(padded),
-    "kept activations": vectors(Own(keep, a=nn.Linear(8, 9))),
-}
-
-# %%
-# The rest raises:
-
-for name, case in in_use.items():
-    found = verdicts(*case)
-    for verdict in "right", "wrong":
-        who = [method for method in methods if found[method] == verdict]
-        print(f"{name}, {verdict}: {'; '.join(who) or 'none'}")
-
 # %%
 # Models without a verdict
 # ------------------------
@@ -842,11 +787,8 @@ torch.set_num_threads(threads)
 # %%
 # What to take home
 # -----------------
-# - ``vmap(jacrev)`` first, in ``eval()``: it needs no rules, and is wrong only where
-#   samples mix and for very few operations.
-# - ``functional.jacobian`` and ``is_grads_batched`` where it raises: slower, and right
-#   on almost every case.
-# - BackPACK where its rules fit, after ``verdicts`` has said so for your model.
+# - Ask ``verdicts`` about your model, with ``N``, ``C`` and the widths all different.
+# - Where no error is raised, the Jacobian can be wrong, above all where samples mix.
 # - At sizes for which the loop is too slow, ``trust/check_a_jacobian.py``.
 #
 # Next: ``trust/silent_failures.py`` explains the wrong Jacobians. The alternative:
