@@ -250,6 +250,8 @@ def test_sparse_gradients(names):
         assert_close(chunk, {name: block[n, c] for name, block in J.items()})
     J_u = names["transposed_product"](model, X, torch.ones(N, C))
     assert_close(J_u, {name: block.sum((0, 1)) for name, block in J.items()})
+    size = sum(block.nbytes for block in J.values())
+    assert names["memory_plan"](model, X, 1e9)["bytes"] == size
 
 
 def test_plan_counts_bytes_and_says_how_many_samples_fit(names):

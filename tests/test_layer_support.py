@@ -421,6 +421,7 @@ class Checkpointed(nn.Module):
         (nn.Tanh(), "no parameter of the model requires"),
         (nn.Sequential(nn.Linear(6, 3), nn.Threshold(9, torch.inf)), "is not finite"),
         (hooked(), "bias is complex, or has a hook"),
+        (nn.EmbeddingBag(9, 3, sparse=True), "an embedding has sparse gradients"),
         (hooked_module(), "a module has a backward hook"),
         (nn.Linear(6, 3, dtype=torch.cfloat), "weight is complex"),
         (Checkpointed(), "When use_reentrant=True"),

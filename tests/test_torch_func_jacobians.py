@@ -155,6 +155,18 @@ def test_hooks_of_modules_are_left_out_and_stay(names):
     assert_close(names["autograd_loop"](model, X), expected)
 
 
+def test_sparse_embeddings_stay_sparse(names):
+    words = nn.Embedding(9, 4)
+    model, X = (
+        nn.Sequential(words, nn.Flatten(), nn.Linear(8, 3)),
+        torch.randint(9, (5, 2)),
+    )
+    expected = names["autograd_loop"](model, X)
+    words.sparse = True
+    assert_close(names["jacobians"](model, X), expected)
+    assert words.sparse
+
+
 def test_inference_mode(names):
     model, X = nn.Linear(3, 2), torch.rand(4, 3)
     expected = names["autograd_loop"](model, X)

@@ -448,6 +448,7 @@ def test_sparse_gradients(jacobian):
     model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), mlp(8, 3))
     X = torch.randint(9, (6, 2))
     assert_right(jacobian, model, X, definition(model, X))
+    assert jacobian(model, X).method == "vmap(jacrev)"
 
 
 def test_random_models_draw_as_the_model_does(jacobian):

@@ -340,9 +340,11 @@ def unchanged(model):
         with warnings.catch_warnings(action="ignore"):
             # A reentrant checkpoint would hide its parameters from the gradient.
             warnings.filterwarnings("error", "None of the inputs have requires_grad")
-            for module in model.modules():  # hooks that could change the gradient
-                module._backward_hooks.clear()
+            for module in model.modules():
+                module._backward_hooks.clear()  # they could change the gradient
                 module._backward_pre_hooks.clear()
+                if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                    module.sparse = False  # vmap takes no sparse gradient
             yield
     finally:
         for now, before in containers:

@@ -244,7 +244,7 @@ def verdicts(model, X, dtype=torch.float64):
     in ``dtype``, on the device of the model. The model, ``X``, the default dtype and
     the random state stay as they are. Raises ``ValueError`` if ``model(X)`` is not as
     above or not finite, if no parameter requires a gradient, if one of these is complex
-    or has a hook, and if a module has a backward hook.
+    or has a hook, and if a module has a backward hook or sparse gradients.
     """
     if not isinstance(X, torch.Tensor):
         raise ValueError(f"X must be a tensor [N, ...], but is {type(X).__name__}")
@@ -253,6 +253,8 @@ def verdicts(model, X, dtype=torch.float64):
             raise ValueError(f"{name} is complex, or has a hook that changes gradients")
     if any(m._backward_hooks or m._backward_pre_hooks for m in model.modules()):
         raise ValueError("a module has a backward hook, as after extend")
+    if any(getattr(m, "sparse", False) for m in model.modules()):
+        raise ValueError("an embedding has sparse gradients: set its sparse to False")
     with WithoutGraph():
         model = copy.deepcopy(model).to(dtype)
     if X.is_floating_point():
