@@ -117,7 +117,7 @@ def test_cards_show_their_first_sentence():
 def test_first_screen_says_what_the_tutorial_needs(tutorial):
     script = (EXAMPLES / f"{tutorial}.py").read_text()
     byline = parse(f"auto_examples/{tutorial}.html").select_one("h1 + .byline").text
-    assert "Needs Python 3.11 or newer" in byline
+    assert "Needs Python 3.11, PyTorch 2.9, or newer" in byline
     for module, name in {"torch": "PyTorch", "backpack": "BackPACK"}.items():
         used = re.search(rf"^ *(from|import) {module}\b", script, re.MULTILINE)
         assert bool(re.search(rf"{name} \d+\.\d+", byline)) == bool(used)

@@ -114,7 +114,7 @@ def introduce(document, script):
         f"{name} {version(package).partition('+')[0]}"
         for name, package in packages(ast.parse(script))
     )
-    text = f"Needs Python 3.11 or newer. Ran with {used}."
+    text = f"Needs Python 3.11, PyTorch 2.9, or newer. Ran with {used}."
     byline += nodes.inline(text, text)
     next(document.findall(nodes.section)).insert(1, byline)
 
