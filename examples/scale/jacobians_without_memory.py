@@ -268,8 +268,8 @@ def memory_plan(model, X, available):
 
     The dictionary has ``bytes`` of J, ``peak`` in bytes, J included, and the number of
     ``samples`` whose rows fit into ``available`` bytes at once. Raises what ``vmap``
-    raises, and ``ValueError`` if ``model(X)`` is not ``[N, C]``. The profiler of PyTorch
-    writes to stderr, unless the environment has ``KINETO_LOG_LEVEL=6``.
+    raises, and ``ValueError`` if ``model(X)`` is not ``[N, C]``. The profiler writes to
+    stderr, unless the environment has ``KINETO_LOG_LEVEL=6``.
     """
     _, C = shape_of_outputs(model, X[:2])
     few = X[:2].detach().clone()
