@@ -310,7 +310,7 @@ torch.set_num_threads(threads)
 
 # fold: How the picture is drawn
 
-fig, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True, layout="constrained")
+fig, axes = plt.subplots(2, 1, figsize=(5, 5), sharex=True, layout="constrained")
 for ax, (name, times) in zip(axes, results.items()):
     milliseconds = [1e3 * seconds for seconds in times.values()]
     colors = "#E69F00", "#56B4E9", "0.7", "#0072B2", "0.4"
@@ -318,13 +318,13 @@ for ax, (name, times) in zip(axes, results.items()):
     ax.bar_label(bars, fmt="%.3g", padding=2)
     ax.margins(x=0.15)
     ax.set_title(name)
-    ax.set_xlabel("time in ms")
-axes[0].invert_yaxis()
+    ax.invert_yaxis()
+axes[1].set_xlabel("time in ms")
 ratios = [
     t["layer_structure, out="] / t["write the same memory"] for t in results.values()
 ]
 fig.suptitle(
-    f"With out=, J takes x {max(ratios):.1f} the time to write its bytes, or less"
+    f"With out=, J takes x {max(ratios):.1f} the time\nto write its bytes, or less"
 )
 plt.show()
 
