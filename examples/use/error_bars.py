@@ -246,7 +246,7 @@ print("The GGN is autograd's second derivative of the linear model's loss.")
 # fold: How the map is drawn
 angle, axis = torch.arange(0, 2 * torch.pi, 0.1), torch.linspace(-8, 8, 41)
 away = 10 * torch.stack([angle.cos(), angle.sin()], dim=1)
-fig, axes = plt.subplots(1, 2, figsize=(5, 3.6), sharey=True, layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(5, 4.4), sharey=True, layout="constrained")
 for ax, name in zip(axes, ["softmax", "Laplace"]):
     sure = []
     for inputs in X, away, torch.cartesian_prod(axis, axis):
