@@ -85,7 +85,7 @@ P, zeros = rows.shape[1], (rows == 0).double().mean().item()
 limit = rows.abs().max().item()
 colors = plt.get_cmap("PuOr").with_extremes(bad="0.75")
 
-fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+fig, ax = plt.subplots(figsize=(5, 4), layout="constrained")
 nonzero = rows.where(rows != 0, torch.nan).numpy()
 image = ax.imshow(nonzero, cmap=colors, vmin=-limit, vmax=limit, aspect="auto")
 end = 0
@@ -97,9 +97,10 @@ for n in range(N):
     ax.axhline(n * C - 0.5, color="black", linewidth=1)
 ax.set_yticks([n * C + (C - 1) / 2 for n in range(N)], [f"n = {n}" for n in range(N)])
 ax.set(xlabel=f"P = {P} parameters", ylabel=f"N = {N} samples of C = {C} outputs")
-title = f"Jacobian: {N * C} rows, {P} columns, {zeros:.0%} exactly zero (gray)"
+title = f"Jacobian: {N * C} rows, {P} columns,\n{zeros:.0%} exactly zero (gray)"
 ax.set_title(title, pad=36)
-fig.colorbar(image, label="derivative of the output by the parameter")
+label = "derivative of the output by the parameter"
+fig.colorbar(image, label=label, location="bottom")
 plt.show()
 
 # %%

@@ -143,6 +143,29 @@ def test_main_figure_comes_first(tutorial):
     assert lead["width"].isdigit() and lead["height"].isdigit()
 
 
+@pytest.mark.parametrize("tutorial", TUTORIALS)
+def test_first_output_comes_soon(tutorial):
+    html = parse(f"auto_examples/{tutorial}.html")
+    before = html.select_one(".sphx-glr-script-out").find_all_previous("pre")
+    shown = [block for block in before if not block.find_parent("details")]
+    lines = "\n".join(block.text for block in shown).splitlines()
+    assert len([line for line in lines if line.strip()]) <= 30
+
+
+# On a phone, the letters of wider figures are too small, as they are in cards.
+STILL_WIDE = {
+    "scale/neural_tangent_kernel",
+    "scale/universal_jacobian",
+    "trust/check_a_jacobian",
+}
+
+
+@pytest.mark.parametrize("tutorial", sorted({*TUTORIALS} - STILL_WIDE))
+def test_figure_is_legible_on_a_phone(tutorial):
+    for figure in parse(f"auto_examples/{tutorial}.html").select("img[srcset]"):
+        assert int(figure["width"]) <= 500
+
+
 INVENTORIES = sorted((ROOT / "docs" / "_ext").glob("*.inv"))
 
 

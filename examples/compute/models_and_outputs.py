@@ -86,10 +86,10 @@ KINDS = {
 # directions in space, ``M``: models.
 
 # fold: How the picture is drawn
-fig, ax = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+fig, ax = plt.subplots(figsize=(5, 4), layout="constrained")
 colors = {"N": "#0072b2", "M": "#009e73", "*p.shape": "0.85"}
 for y, (kind, axes) in enumerate(KINDS.items()):
-    ax.text(-0.2, y, kind, ha="right", va="center", fontsize=16)
+    ax.text(-0.2, y, kind, ha="right", va="center", fontsize=13)
     for x, axis in enumerate([*axes.split(), "*p.shape"]):
         width = 2 if axis == "*p.shape" else 0.9
         color = colors.get(axis, "#e69f00")
@@ -97,7 +97,7 @@ for y, (kind, axes) in enumerate(KINDS.items()):
         options = {"ha": "center", "va": "center", "fontsize": 16}
         ax.text(x + width / 2, y, axis, color="w" if axis == "N" else "k", **options)
 ax.set(xlim=(-3.1, 6.1), ylim=(len(KINDS) - 0.5, -0.5))
-ax.set_title("Kinds of outputs: axes of the Jacobian", fontsize=16)
+ax.set_title("Kinds of outputs: axes of the Jacobian", fontsize=13)
 ax.set_axis_off()
 plt.show()
 

@@ -250,13 +250,13 @@ print(f"Cotangents: {list(whole.shape)} for the batch, {list(single.shape)} with
 
 # fold: How the picture is drawn
 fig, axes = plt.subplots(
-    1, 2, figsize=(6.4, 3.2), sharey=True, layout="constrained", width_ratios=[4, 1]
+    1, 2, figsize=(5, 3.2), sharey=True, layout="constrained", width_ratios=[4, 1]
 )
 for ax, cotangents in zip(axes, (whole, single)):
     nonzero = (cotangents != 0).reshape(N * C, -1)
     ax.imshow(nonzero.numpy(), cmap="cividis", aspect="auto", vmin=0, vmax=1)
 zeros = (whole == 0).double().mean().item()
-fig.suptitle(f"Cotangents at the ReLU: {zeros:.0%} of the batch's are zero")
+fig.suptitle(f"Cotangents at the ReLU:\n{zeros:.0%} of the batch's are zero")
 axes[0].set(title="whole batch", ylabel="sample and output (index)")
 axes[0].set_xlabel("sample and hidden unit (index)")
 axes[1].set(title="vmap", xlabel="unit", xticks=[0, D_hidden - 1])

@@ -6,6 +6,7 @@ After this page you can take the Jacobian of a model with activation checkpoints
 find out why a loop over Jacobians needs more memory with every iteration.
 """
 
+# fold: Imports
 import copy
 import gc
 import os
@@ -377,7 +378,7 @@ mend("backward(create_graph)", cycle, no_cycle)
 
 # fold: How the figure is drawn
 
-fig, ax = plt.subplots(layout="constrained")
+fig, ax = plt.subplots(figsize=(5, 4.5), layout="constrained")
 steps, colors = range(1, 7), plt.colormaps["viridis"](torch.linspace(0, 0.9, 5).numpy())
 for color, (cause, (grown, flat)) in zip(colors, causes.items()):
     ax.plot(steps, [b / 1e3 for b in grown], "o-", color=color, lw=4, label=cause)
@@ -385,7 +386,7 @@ for color, (cause, (grown, flat)) in zip(colors, causes.items()):
 ax.plot([], "k:", lw=4, label="the same, mended")
 ax.set_yscale("symlog", linthresh=10)  # linear from 0 to 10, then logarithmic
 ax.set(xlabel="iteration", ylabel="kept memory [kB]")
-ax.set_title("Five loops that keep memory, and the same mended")
+ax.set_title("Five loops that keep memory,\nand the same mended")
 fig.legend(loc="outside lower center", ncols=2)
 plt.show()
 gc.unfreeze()

@@ -6,6 +6,7 @@ After this page you can compile the Jacobian of your model with ``torch.compile`
 know what it gains at which sizes, after how many calls it has paid, and what breaks.
 """
 
+# fold: Imports
 import copy
 import os
 import tempfile
@@ -136,7 +137,7 @@ for N in 2, 16, 128, 1024:
 
 # fold: How the figure is drawn
 
-fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+fig, ax = plt.subplots(figsize=(5, 3.6), layout="constrained")
 ax.loglog(
     list(times), [eager for eager, _ in times.values()], "o-", lw=3, label="eager"
 )
@@ -146,7 +147,9 @@ ax.loglog(
 ax.set(xlabel="N samples", ylabel="time [ms]")
 ax.set_xticks(list(times), list(times))
 ratios = [eager / fast for eager, fast in times.values()]
-ax.set_title(f"Small MLP: eager / compiled from {min(ratios):.1f} to {max(ratios):.1f}")
+ax.set_title(
+    f"Small MLP: eager / compiled\nfrom {min(ratios):.1f} to {max(ratios):.1f}"
+)
 ax.legend()
 plt.show()
 

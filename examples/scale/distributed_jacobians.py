@@ -120,8 +120,8 @@ print(f"The rows of the ranks are those of the loop, N = {N} samples in all.")
 # here. Nobody gathers the rows: what you compute with them is a sum over the ranks, as
 # below, or a result that is split like them, as the kernel is.
 #
-# Factors of the rows
-# -------------------
+# Factors of the Jacobian of linear layers
+# ----------------------------------------
 # The neural tangent kernel is ``K = J J^T`` over all parameters, ``[N, C, N, C]``. It
 # takes all pairs of samples, so something has to travel. Rows would be long. A
 # ``Linear`` layer with inputs ``a [N, I]`` and outputs ``[N, O]`` has the rows
@@ -282,15 +282,15 @@ megabytes = [number / 1e6 for number in (rows.nbytes, alone, max(peaks))]
 print("J {:.1f} MB, peak on 1 rank {:.1f} MB, on 2 ranks {:.1f} MB".format(*megabytes))
 assert max(peaks) < alone
 
-plt.rcParams["font.size"] = 13
-fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
+plt.rcParams["font.size"] = 12
+fig, ax = plt.subplots(figsize=(5, 3), layout="constrained")
 names = "all of J", "kernel,\n1 rank", "kernel,\n2 ranks"
 bars = ax.barh(names, megabytes, color=["0.6", "#D55E00", "#0072B2"])
 ax.bar_label(bars, fmt="%.0f MB", padding=3)
 ax.invert_yaxis()
 ax.set(xlabel="MB in one process", xlim=(0, 1.15 * max(megabytes)))
 _, one, two = megabytes
-ax.set_title(f"Kernel: {one:.0f} MB on one rank, {two:.0f} MB each on two")
+ax.set_title(f"Kernel: {one:.0f} MB on one rank,\n{two:.0f} MB each on two")
 plt.show()
 
 # %%

@@ -590,7 +590,7 @@ def peaks_of_all_ways(model, X):
 
 
 peaks = {name: peaks_of_all_ways(*case) for name, case in large.items()}
-fig, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
+fig, ax = plt.subplots(figsize=(5, 3.4), layout="constrained")
 for (name, found), marker, color in zip(peaks.items(), "os", ["#0072B2", "#D55E00"]):
     ax.plot(list(found.values()), list(found), marker, color=color, label=name, ms=11)
 ax.axvline(1, color="black", linewidth=1)
@@ -598,7 +598,7 @@ ax.invert_yaxis()
 ax.set(xscale="log", xlabel="peak memory in multiples of J")
 ax.legend()
 streamed = peaks["MLP"]["streamed sum"]
-ax.set_title(f"A streamed sum over J of an MLP peaks at {streamed:.2f} of J")
+ax.set_title(f"A streamed sum over J of an MLP\npeaks at {streamed:.2f} of J")
 plt.show()
 for name, plan in plans.items():
     wanted = peaks[name]["vmap(jacrev)"] * plan["bytes"]

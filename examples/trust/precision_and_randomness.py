@@ -8,6 +8,7 @@ to a Jacobian. In short: compute it in float32 without autocast, after ``eval()`
 compare methods in float64.
 """
 
+# fold: Imports
 import copy
 import warnings
 from itertools import pairwise, product
@@ -129,7 +130,7 @@ for name, (model, X) in models.items():
 
 # fold: The figure
 
-fig, axes = plt.subplots(1, 2, sharey=True, figsize=(6, 3.9), layout="constrained")
+fig, axes = plt.subplots(1, 2, sharey=True, figsize=(5, 4.2), layout="constrained")
 colors = {"float32": "#0072B2", "float16": "#E69F00", "bfloat16": "#D55E00"}
 for ax, name in zip(axes, errors):
     for precision, error in errors[name].items():
@@ -144,7 +145,7 @@ for ax, name in zip(axes, errors):
 axes[0].set_ylabel("relative error")
 worst = [max(errors["MLP"][k].values()) for k in ("float32", "bfloat16")]
 fig.suptitle(f"Error of J: {worst[0]:.0e}, and {worst[1]:.0e} in bfloat16")
-fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 plt.show()
 
 # %%

@@ -8,6 +8,7 @@ know what batch norm in training mode does to a Jacobian, and how to see whether
 samples of a batch mix in your own model.
 """
 
+# fold: Imports
 import copy
 import operator
 import warnings
@@ -462,9 +463,8 @@ assert_close(maps["eval mode"] == 0, off)
 # The picture of both modes.
 
 # fold: How it is drawn
-plt.rcParams["font.size"] = 12
-fig, axes = plt.subplots(1, 2, figsize=(7, 4), sharey=True, layout="constrained")
-title = "{} pairs of samples mix in eval mode, {} in training mode"
+fig, axes = plt.subplots(1, 2, figsize=(5, 3.2), sharey=True, layout="constrained")
+title = "{} pairs of samples mix in eval mode,\n{} in training mode"
 fig.suptitle(title.format(*counts.values()))
 colors = plt.get_cmap("cividis").with_extremes(bad="0.85")
 limit = max(values.max().item() for values in maps.values())

@@ -8,6 +8,7 @@ where it can be. You also know the errors on the way, and see which outputs depe
 which tokens.
 """
 
+# fold: Imports
 import copy
 import warnings
 from itertools import product
@@ -38,6 +39,10 @@ _ = torch.manual_seed(0)
 N, T, C = 6, 5, 3
 vocabulary, D, H = 11, 8, 7
 X = torch.randint(1, vocabulary, (N, T))
+
+# %%
+
+# fold: A recurrent network
 
 
 class Recurrent(nn.Module):
@@ -452,18 +457,19 @@ for name, values in maps.items():
 # The three maps side by side.
 
 # fold: The picture
-plt.rcParams["font.size"] = 11
-fig, axes = plt.subplots(1, 3, figsize=(6, 3.4), sharey=True, layout="constrained")
+fig, axes = plt.subplots(1, 3, figsize=(5, 3.4), sharey=True, layout="constrained")
 count = int((maps["LSTM"] == 0).sum())
-fig.suptitle(f"Outputs by tokens: {count} of {T * T} pairs of an LSTM are exactly zero")
+fig.suptitle(
+    f"Outputs by tokens:\n{count} of {T * T} pairs of an LSTM are exactly zero"
+)
 colors = plt.get_cmap("cividis").with_extremes(bad="0.85")
 for ax, (name, values) in zip(axes, maps.items()):
     nonzero = (values / values.max()).where(values != 0, torch.nan).numpy()
     image = ax.imshow(nonzero, cmap=colors, vmin=0, vmax=1)
     for t, s in (values == 0).nonzero().tolist():
         ax.text(s, t, "0", ha="center", va="center")
-    ax.set_title(name, fontsize=11)
-    ax.set(xlabel="embedding s", xticks=range(T), yticks=range(T))
+    ax.set_title(name.replace(" ", "\n"), fontsize=10)
+    ax.set(xlabel="token s", xticks=range(T), yticks=range(T))
 axes[0].set_ylabel("output of token t")
 label = "norm of the derivative / maximum of each map"
 fig.colorbar(image, ax=axes, label=label, location="bottom", aspect=40)

@@ -7,6 +7,7 @@ error, why they do, and what to do instead. Each failure is a small model that y
 run, and the page stops building when a release mends one.
 """
 
+# fold: Imports
 import copy
 import warnings
 from functools import partial
@@ -478,7 +479,7 @@ record_failure("Precision", "autocast", single, autocast, vmap_jacrev)
 shown = {kind: [off for *_, off in f.values() if off] for kind, f in failures.items()}
 errors = torch.tensor(sum(shown.values(), []))
 colors = ["#E69F00"] * 3 + ["#D55E00"] + ["#CC79A7", "#0072B2", "#009E73", "black"]
-fig, ax = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
+fig, ax = plt.subplots(figsize=(5, 3.8), layout="constrained")
 for (kind, offs), color in zip(shown.items(), colors, strict=True):
     offs = [min(off, 10) for off in offs]
     ax.scatter(offs, [kind] * len(offs), s=110, color=color, alpha=0.7)
@@ -488,7 +489,7 @@ ax.set_xticks(list(ticks), ticks.values())
 ax.grid(axis="x")
 ax.invert_yaxis()
 count = sum(map(len, failures.values()))
-ax.set_title(f"{count} silent failures: the median is off by {errors.median():.0%}")
+ax.set_title(f"{count} silent failures:\nthe median is off by {errors.median():.0%}")
 plt.show()
 torch.set_num_threads(threads)
 

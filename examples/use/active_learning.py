@@ -6,6 +6,7 @@ After this page you can pick, from a pool without labels, the samples whose labe
 your network most, and you know how much better than chance that is, and when it fails.
 """
 
+# fold: Imports
 from itertools import combinations
 
 import matplotlib.pyplot as plt
@@ -26,6 +27,7 @@ from torch.testing import assert_close
 # :math:`p_n`. We keep it as ``C`` rows, and use the parameters of the last layer alone:
 # its Jacobian takes the hidden units for inputs.
 
+# fold: Data, training and the Jacobian
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)  # more threads only disturb networks this small
 digits = load_digits()
@@ -57,6 +59,9 @@ def vmap_jacrev(model, X):
         return functional_call(model, params, x[None])[0]
 
     return vmap(jacrev(f), (None, 0))(params, X)
+
+
+# %%
 
 
 def fisher_rows(model, X):
@@ -204,7 +209,7 @@ assert curves[2, :, -1].mean() > curves[0, :, -1].mean()
 # %%
 # Bands reach from the worst to the best seed.
 
-fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+fig, ax = plt.subplots(figsize=(5, 3.8), layout="constrained")
 for strategy, curve, color in zip(strategies, curves, ["black", "#E69F00", "#0072B2"]):
     ax.fill_between(counts, curve.amin(0), curve.amax(0), color=color, alpha=0.2)
     name = strategy.__name__.replace("_", " ")
@@ -212,7 +217,7 @@ for strategy, curve, color in zip(strategies, curves, ["black", "#E69F00", "#007
 ax.set(xlabel="number of labels", ylabel="test accuracy", xticks=counts)
 ends = curves[:, :, -1].mean(1)
 ax.set_title(
-    f"60 labels: {ends[2]:.0%} right if chosen by information, {ends[0]:.0%} at random"
+    f"60 labels: {ends[2]:.0%} right if chosen\nby information, {ends[0]:.0%} at random"
 )
 ax.legend()
 plt.show()

@@ -8,6 +8,7 @@ need its Jacobian and one fit of a linear model. The method is called the linear
 Laplace approximation.
 """
 
+# fold: Imports
 import matplotlib.pyplot as plt
 import torch
 from scipy.stats import spearmanr
@@ -15,7 +16,6 @@ from sklearn.datasets import load_diabetes, load_iris
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import DotProduct
 from sklearn.linear_model import BayesianRidge
-from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
 from torch.nn.functional import cross_entropy
@@ -23,7 +23,6 @@ from torch.testing import assert_close
 
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)  # small models gain nothing from more
-_ = threadpool_limits(1)  # nor do scikit-learn's small matrices
 _ = torch.manual_seed(0)
 
 # %%
@@ -125,14 +124,14 @@ print(f"{inside.double().mean():.0%} of {len(X_test)} targets are in their inter
 # fold: How the figure is drawn
 fs, residual = model(X_test).detach(), (Y - model(X)).detach().std()
 bars = {"training residuals": residual.expand_as(sd), "Laplace": sd}
-fig, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(5, 3.6), sharey=True, layout="constrained")
 for ax, (name, bar) in zip(axes, bars.items()):
     inside = (Y_test - fs).abs() < 1.96 * bar
     for hit, label, color in (inside, "in", "#0072B2"), (~inside, "out", "#D55E00"):
         x, y, half = (t[:24][hit[:24]] for t in (Y_test, fs, 1.96 * bar))
-        ax.errorbar(x, y, half, fmt="o", color=color, label=f"{label}side", linewidth=4)
+        ax.errorbar(x, y, half, fmt="o", color=color, label=f"{label}side", linewidth=3)
     ax.axline((0, 0), slope=1, color="black", zorder=0)
-    ax.set_title(f"{name}: {inside.double().mean():.0%} of targets inside")
+    ax.set_title(f"{name}:\n{inside.double().mean():.0%} of targets inside")
     ax.set(xlabel="true target (sd)", xlim=(-2, 2.3), ylim=(-4.5, 4.5))
 axes[0].set_ylabel("prediction and interval (sd)")
 axes[0].legend(loc="upper left")
@@ -247,7 +246,7 @@ print("The GGN is autograd's second derivative of the linear model's loss.")
 # fold: How the map is drawn
 angle, axis = torch.arange(0, 2 * torch.pi, 0.1), torch.linspace(-8, 8, 41)
 away = 10 * torch.stack([angle.cos(), angle.sin()], dim=1)
-fig, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(5, 4.4), sharey=True, layout="constrained")
 for ax, name in zip(axes, ["softmax", "Laplace"]):
     sure = []
     for inputs in X, away, torch.cartesian_prod(axis, axis):
@@ -260,10 +259,10 @@ for ax, name in zip(axes, ["softmax", "Laplace"]):
     image = ax.contourf(axis, axis, area, levels, cmap="cividis")
     for kind, color in enumerate(["#E69F00", "#56B4E9", "#CC79A7"]):
         ax.scatter(*X[y == kind].T, color=color, edgecolor="black", s=25)
-    ax.set_title(f"{name}: {far:.0%} sure far from the data")
+    ax.set_title(f"{name}: {far:.0%} sure\nfar from the data")
     ax.set(xlabel="petal length (sd)", aspect="equal")
 axes[0].set_ylabel("petal width (sd)")
-fig.colorbar(image, ax=axes, label="largest probability")
+fig.colorbar(image, ax=axes, label="largest probability", location="bottom")
 plt.show()
 
 # %%

@@ -205,13 +205,13 @@ for name in "own loss", "gradients", "influence":
 # Each seed has its color. Ranks are more reliable than sizes: where the second
 # derivatives of the network matter, the step has another length.
 
-fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+fig, ax = plt.subplots(figsize=(5, 3.6), layout="constrained")
 colors = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
 for (guess, change), color in zip(studies, colors):
     ax.scatter(1e3 * guess["influence"], 1e3 * change, s=50, color=color)
 ax.axline((0, 0), slope=1, color="black", linewidth=2, linestyle="--")
 ax.set(xlabel="predicted change of the test loss / 0.001", ylabel="retrained / 0.001")
-ax.set_title(f"Predicted against retrained: correlation {min(each):.2f} or more")
+ax.set_title(f"Predicted against retrained:\ncorrelation {min(each):.2f} or more")
 plt.show()
 
 # %%
@@ -239,15 +239,15 @@ print(f"digits, {right[1]} without 10 random ones.")
 # that the network gives by mistake. Here is the last of the wrong ones.
 
 # fold: The picture of the digits
-fig, axes = plt.subplots(1, 7, figsize=(6, 1.6), layout="constrained")
+fig, axes = plt.subplots(1, 7, figsize=(5, 1.6), layout="constrained")
 extremes = torch.cat([order[-3:].flip(0), order[:3]])
 shown = torch.cat([X_test[m], X[extremes]]).view(-1, 8, 8).numpy()
 labels = torch.cat([y_test[m], y[extremes]])
 names = ["test"] + 3 * ["helps"] + 3 * ["harms"]
 for ax, image, label, name in zip(axes, shown, labels, names):
     ax.imshow(image, cmap="gray_r")
-    ax.set(xticks=[], yticks=[], xlabel=f"{name}: {(3, 5, 8)[label]}")
-fig.suptitle("A test digit, and the training digits that help and harm it most")
+    ax.set(xticks=[], yticks=[], xlabel=f"{name}\n{(3, 5, 8)[label]}")
+fig.suptitle("A test digit, and the training digits\nthat help and harm it most")
 plt.show()
 
 # %%
@@ -286,12 +286,12 @@ for k in sizes:
 parts = [project(vmap_jacrev(model, part), 32, seed=0) for part in X.split(40)]
 assert_close(torch.cat(parts), project(jacobian, 32, seed=0))
 
-fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
+fig, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
 ax.plot(sizes, list(found.values()), "o", color="#0072B2", markersize=9)
 ax.set_xscale("log", base=2)
 ax.set(xticks=sizes, xticklabels=sizes, ylim=(0, 1.05))
-ax.set(xlabel="columns k of the projected Jacobian", ylabel="correlation with exact")
-ax.set_title("More columns, closer to the exact scores (three seeds)")
+ax.set(xlabel="columns k of the projected Jacobian", ylabel="correlation")
+ax.set_title("More columns, closer to the exact scores\n(three seeds)")
 plt.show()
 
 # %%

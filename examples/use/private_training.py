@@ -7,6 +7,7 @@ of a network (DP-SGD): clip the gradient of each sample, add noise, and say how 
 privacy that buys and how much accuracy it costs. You also see two ways to get it wrong.
 """
 
+# fold: Imports
 import math
 
 import matplotlib.pyplot as plt
@@ -263,18 +264,18 @@ for name, values in found.items():
 # The curve rises towards the accuracy without privacy. Each dot is a seed, of weights,
 # samples and noise.
 
-fig, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
+fig, ax = plt.subplots(figsize=(5, 3.6), layout="constrained")
 dots = [found[f"epsilon {price}"] for price in prices]
 plain = np.mean(found["no privacy"])
 ax.axhline(plain, color="black", linewidth=3, linestyle="--")
-ax.text(1, plain + 0.006, "without privacy", fontsize=12)
+ax.text(1, plain + 0.006, "without privacy")
 ax.plot(prices, np.mean(dots, 1), color="#0072B2", linewidth=3)
 ax.plot(prices, dots, "o", color="#0072B2", markersize=8)
 ax.set_xscale("log", base=2)
 ax.set(xticks=prices, xticklabels=prices, ylim=(None, 1))
 ax.set(xlabel="epsilon (less is more private)", ylabel="test accuracy")
 low = np.mean(dots[0])
-ax.set_title(f"Accuracy {low:.2f} at epsilon 1, {plain:.2f} without privacy")
+ax.set_title(f"Accuracy {low:.2f} at epsilon 1,\n{plain:.2f} without privacy")
 plt.show()
 
 # %%

@@ -7,6 +7,7 @@ step, before you train it. You also get the eigenvalues and eigenvectors of its
 Gauss-Newton matrix without building that matrix, and you know when float32 spoils them.
 """
 
+# fold: Imports
 import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
@@ -155,19 +156,19 @@ lines, dots = trained[:, shown], (start + change)[:, shown]
 same = (trained[-1].argmax(1) == outcome.argmax(1)).sum()
 print(f"The predicted digit is the trained network's for {same} of {len(Z)} images.")
 
-fig, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
+fig, ax = plt.subplots(figsize=(5, 3.8), layout="constrained")
 for c, color in enumerate(["#E69F00", "#56B4E9", "#009E73"]):
     ax.plot(steps, lines[:, c], color=color, linewidth=4, label=f"digit {keep[c]}")
     ax.plot(steps, dots[:, c], "k.", markersize=7)
 ax.set(xscale="log", xlabel="steps of gradient descent", ylabel="output for an image")
 gap = (lines - dots).abs().max()
-ax.set_title(f"Training (lines) and prediction (dots): at most {gap:.2f} apart")
+ax.set_title(f"Training (lines) and prediction (dots):\nat most {gap:.2f} apart")
 ax.legend()
 plt.show()
 
 # %%
-# Width
-# -----
+# Error of the prediction by width
+# --------------------------------
 #
 # The wider the network, the less its Jacobian moves. We draw images and network anew
 # for each seed. After the last step, the error is the norm of prediction minus trained
@@ -202,14 +203,14 @@ for width, result in zip(widths, results):
     spread = f"{mean[0]:.1%} ({low[0]:.1%} to {high[0]:.1%}), same class {mean[2]:.0%}"
     print(f"Width {width:3}: error {spread}; error of the linear model {mean[1]:.0%}")
 
-fig, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
+fig, ax = plt.subplots(figsize=(5, 3.8), layout="constrained")
 for i, (label, color) in enumerate([("NTK", "#0072B2"), ("linear model", "#D55E00")]):
     values = results[:, :, i]
     ax.fill_between(widths, values.amin(1), values.amax(1), color=color, alpha=0.25)
     ax.loglog(widths, values.mean(1), "o-", color=color, label=label)
 ax.set(xlabel="width", ylabel="error after training")
 ax.set_title(
-    f"Error of the prediction: {results[0, :, 0].mean():.0%} at width {widths[0]}, "
+    f"Error of the prediction:\n{results[0, :, 0].mean():.0%} at width {widths[0]}, "
     f"{results[-1, :, 0].mean():.0%} at {widths[-1]}"
 )
 ax.legend()
