@@ -1,6 +1,7 @@
 """Every page in a real browser, on a phone and on a desk, light and dark."""
 
 import gzip
+import re
 from urllib.parse import urlsplit
 
 import pytest
@@ -251,6 +252,22 @@ def test_search_finds(word, visit):
     assert any("auto_examples/batched_jacobians.html" in link for link in links)
     found = {link.partition("#")[0].partition("?")[0] for link in links}
     assert found <= set(PAGES) - {"404.html", "search.html"}
+
+
+def test_search_leads_to_the_section_that_holds_the_word(visit):
+    html = parse("questions.html").select_one("[itemprop=articleBody]")
+    words = re.findall(r"\b[a-z]{9,}\b", html.text)
+    headings = html.select("h1, h2, h3")
+    once = [word for word in words if html.text.lower().count(word) == 1]
+    once = [word for word in once if not any(word in h.text for h in headings)]
+    word = once[len(once) // 2]
+    section = html.find(string=re.compile(word)).find_parent("section")
+    tab = visit(f"search.html?q={word}")
+    tab.locator("#search-results a[href^='questions.html']").first.click()
+    tab.wait_for_url(f"**/questions.html*#{section['id']}")
+    tab.wait_for_function("document.querySelector('.highlighted')")
+    box = tab.locator(f"[id='{section['id']}']").bounding_box()
+    assert -1 <= box["y"] < 400
 
 
 def test_search_results_and_marked_words_are_accessible(visit):

@@ -32,3 +32,19 @@ document.addEventListener("DOMContentLoaded", () => {
     seen.add(link.href);
   }
 });
+
+// The search marks words on the page that it leads to. Go where most of them are: a
+// word in a heading counts twice.
+const searched = (localStorage.getItem("sphinx_highlight_terms") || "").split(" ").filter(Boolean);
+document.addEventListener("DOMContentLoaded", () => {
+  const sections = [...document.querySelectorAll(".document section[id]")];
+  if (!searched.length || !sections.length || location.hash) return;
+  const count = (text) => searched.filter((word) => text.toLowerCase().includes(word)).length;
+  const score = (section) => {
+    const own = [...section.children].filter((part) => part.tagName !== "SECTION");
+    return count(own.map((part) => part.textContent).join(" ")) + count(own[0].textContent);
+  };
+  const best = sections.reduce((best, section) => (score(section) > score(best) ? section : best));
+  // After the words are marked, which opens folds.
+  if (best !== sections[0]) setTimeout(() => location.replace(`#${best.id}`), 20);
+});
