@@ -442,7 +442,6 @@ print("Summed over the samples, batch_grad agrees with jacrev.")
 def sample_influence(model, X):
     """Return ``[N, N]``: the norm of the derivative of ``fs[n]`` by ``X[m]``."""
 
-
     def f(X):  # a model may write to parameters and buffers
         tensors = *model.named_parameters(), *model.named_buffers()
         copies = {name: tensor.detach().clone() for name, tensor in tensors}
