@@ -433,6 +433,12 @@ def test_bad_models_raise(model, message, verdicts):
         verdicts(model, torch.rand(4, 6))
 
 
+def test_sparse_as_a_name_of_your_own_is_no_error(verdicts):
+    model = nn.Linear(6, 3)
+    model.sparse = nn.Identity()
+    assert verdicts(model, torch.rand(4, 6))["vmap(jacrev)"] == "right"
+
+
 def test_other_inputs_raise(verdicts, names):
     with pytest.raises(ValueError, match="X must be a tensor .* but is dict"):
         names["verdicts"](nn.Linear(6, 3), {"x": torch.rand(4, 6)})

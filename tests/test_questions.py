@@ -1,6 +1,8 @@
 """The questions page: its lines run, and the errors that it names are raised."""
 
+import os
 import re
+import subprocess
 import sys
 import textwrap
 import warnings
@@ -8,6 +10,8 @@ import warnings
 import pytest
 import torch
 from conftest import ROOT, SITE
+from torch import nn
+from torch.testing import assert_close
 
 SOURCE = (ROOT / "docs" / "questions.rst").read_text()
 FIRST, *ENTRIES = re.split(r"\n(?=[^\n]+\n-{5,}\n)", SOURCE)
@@ -24,6 +28,9 @@ def blocks(directive, entry):
 def start(monkeypatch):
     """Return the names that the page starts from, with the downloads at hand."""
     monkeypatch.setattr(sys, "path", [str(SITE / "take"), *sys.path])
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    for name, value in (alone | {"MASTER_PORT": "0"}).items():
+        monkeypatch.setenv(name, value)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)  # as the reader's is
     torch.manual_seed(0)
@@ -75,3 +82,91 @@ def test_every_error_in_a_title_is_raised():
         title = entry.partition("\n")[0]
         if re.search(r"(Error|Warning): ", title) and entry not in RAISING:
             assert any(text in title for text in silent), title
+
+
+def entry_blocks(title):
+    (entry,) = [entry for entry in ENTRIES if entry.startswith(title)]
+    return blocks("code-block:: python", entry)
+
+
+def pooled_cnn(C):
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, C)
+    )
+
+
+@pytest.mark.parametrize("large", ["outputs of layers", "J"])
+def test_each_way_lowers_the_peak_where_the_entry_says_so(large, start):
+    small, plan, chunked, written = entry_blocks("``jacrev`` runs out of memory")
+    if large == "J":
+        model, X = nn.Sequential(nn.Linear(64, 99), nn.ReLU(), nn.Linear(99, 5)), (64,)
+    else:
+        model, X = pooled_cnn(5), (3, 20, 20)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    start |= {"model": model, "X": torch.rand(20, *X), "N": 20, "params": params}
+    exec(plan, start)  # also imports what the other blocks import
+    exec(written, start)
+    size = sum(block.nbytes for block in start.pop("J").values())
+    peak_bytes = sys.modules["memory_plan"].peak_bytes
+
+    def peak(block):
+        code = compile(block, "entry", "exec")
+        return peak_bytes(lambda: exec(code, dict(start))) / size
+
+    whole = "jacrev(lambda params: functional_call(model, params, X))(params)"
+    if large == "J":
+        assert 0.9 < start["ratio"] < 1.5
+        assert peak(small) < 1.2 and peak(written) < 1.5 < peak(chunked)
+    else:
+        assert start["ratio"] > 10
+        assert 5 * peak(small) < peak(whole) and 3 * peak(chunked) < peak(small)
+
+
+def test_shards_of_two_processes_add_up(start, tmp_path):
+    lines = textwrap.dedent(START), "_ = torch.manual_seed(0)\n", textwrap.dedent(START)
+    save = "torch.save((J, JTu), f'{rank}.pt')\n"
+    code = "".join([*lines, entry_blocks("Shard a Jacobian")[0], save])
+    (tmp_path / "file.py").write_text(code)
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")
+    }
+    options = {"cwd": tmp_path, "env": environment, "timeout": 120, "check": True}
+    subprocess.run([sys.executable, *run, "file.py"], capture_output=True, **options)
+    (first, summed), (second, same) = [
+        torch.load(tmp_path / f"{rank}.pt") for rank in range(2)
+    ]
+    torch.manual_seed(0)
+    exec(textwrap.dedent(START), start)
+    exec("J = vmap(jacrev(f), (None, 0))(params, X)", start)
+    for name, block in start["J"].items():
+        assert len(first[name]) == 8
+        assert_close(torch.cat([first[name], second[name]]), block)
+        assert_close(summed[name], block.sum((0, 1)))
+        assert_close(summed[name], same[name])
+
+
+def test_both_ways_to_the_spectrum_agree(start):
+    exact, loss, streamed = entry_blocks("Eigenvalues and eigenvectors")
+    start["model"], start["X"] = start["model"].double(), start["X"].double()
+    start["params"] = {k: p.detach() for k, p in start["model"].named_parameters()}
+    exec(exact, start)
+    rows, values, of_ggn = start["rows"], start["values"], start["of_ggn"]
+    of_ntk = start["of_ntk"].flatten(1)
+    assert_close(of_ggn @ (rows.T @ rows), values[:, None] * of_ggn)
+    assert_close(of_ntk @ (rows @ rows.T), values[:, None] * of_ntk)
+    rank, expected = start["rank"], torch.linalg.matrix_rank(rows)
+    assert rank == expected < len(rows)
+    exec(streamed, start)
+    assert_close(start["values"].flip(0), values)
+    assert start["rank"] == expected
+    top = torch.cat([block.flatten() for block in start["of_ggn"].values()])
+    assert_close((top @ of_ggn[0]).abs(), torch.ones((), dtype=top.dtype))
+    exec(loss, start)
+    fs, y = start["model"](start["X"]).detach(), torch.zeros(15, dtype=torch.long)
+    hessian = torch.func.hessian(nn.functional.cross_entropy)
+    L = torch.stack([hessian(f, label) for f, label in zip(fs, y)])
+    J = torch.cat([block.flatten(2) for block in start["J"].values()], 2)
+    ggn = torch.einsum("ncp,ncd,ndq->pq", J, L, J)
+    assert_close(start["rows"].T @ start["rows"], ggn)

@@ -286,6 +286,21 @@ def test_influence_with_batch_norm_keeps_the_statistics(names):
     assert_close(names["sample_influence"](model.eval(), X) > 0, torch.eye(5) > 0)
 
 
+def test_influence_of_a_model_that_sets_a_weight_leaves_the_weight(names):
+    class Masked(nn.Linear):
+        def forward(self, X):
+            self.weight.data = self.weight.data * (torch.arange(3) < 2)
+            self.weight.data /= 2
+            return super().forward(X)
+
+    model = Masked(3, 2)
+    before = state(model)
+    influence = names["sample_influence"](model, torch.rand(5, 3))
+    used = model.weight.detach()[:, :2] / 2
+    assert_close(influence, torch.eye(5) * used.norm())
+    assert state(model) == before
+
+
 VIEW = "RuntimeError: Output 0 of BackwardHookFunction is a view and is being modified"
 LOST = "AssertionError: BackPACK extension expects a backpropagation quantity but it is"
 RULE = "Extension saving to {} does not have an extension for Module"

@@ -183,6 +183,15 @@ def test_sample_loop_raises_where_gradients_mix(compute):
         compute("sample_loop_jacobian", model, words())
 
 
+def test_sample_loop_raises_where_gradients_are_sparse(compute):
+    model, X = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 3)), words()
+    with pytest.raises(ValueError, match="set its sparse to False"):
+        compute("sample_loop_jacobian", model, X)
+    model[0].sparse = False
+    model[1].sparse = nn.Identity()  # another meaning
+    assert_close(compute("sample_loop_jacobian", model, X), reference(model, X))
+
+
 def test_sample_loop_keeps_what_is_not_finite_to_its_sample(names):
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     X = torch.rand(4, 3)

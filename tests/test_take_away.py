@@ -1,6 +1,7 @@
 """The files to take away: imported as a reader would, and how they are made."""
 
 import ast
+import os
 import runpy
 import subprocess
 import sys
@@ -39,6 +40,20 @@ def test_file_imports_alone_and_does_nothing(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}.py"]
 
 
+def test_plan_writes_nothing_to_stderr():
+    code = """
+        import sys, torch
+        sys.path.insert(0, "take")
+        from memory_plan import memory_plan
+        memory_plan(torch.nn.Linear(3, 2), torch.rand(4, 3), 1e6)
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "KINETO_LOG_LEVEL"}
+    command = [sys.executable, "-B", "-W", "error", "-c", textwrap.dedent(code)]
+    options = {"cwd": SITE, "env": environment, "text": True}
+    result = subprocess.run(command, capture_output=True, **options)
+    assert [result.returncode, result.stdout, result.stderr] == [0, "", ""]
+
+
 @files
 def test_linters_find_nothing(name):
     file = SITE / "take" / f"{name}.py"
@@ -55,6 +70,7 @@ def test_file_holds_the_text_of_the_tutorial(name):
     source = (EXAMPLES / f"{tutorial}.py").read_text()
     docstring, *statements = ast.parse(text).body
     assert tutorial in docstring.value.value
+    assert "PyTorch 2.9" in docstring.value.value
     definitions = [s for s in statements if not hasattr(s, "names")]
     assert all(ast.get_source_segment(text, s) in source for s in definitions)
 

@@ -46,7 +46,6 @@ print(f"A layer of 784 x 256 weights, N = 1000: J has {size / 1e9:.1f} GB.")
 
 # fold: How the peak is measured
 
-os.environ["KINETO_LOG_LEVEL"] = "6"  # keep the profiler from writing to stderr
 warnings.filterwarnings("ignore", ".*torch.jit.script.*")  # from within the profiler
 
 
@@ -269,9 +268,10 @@ def memory_plan(model, X, available):
 
     The dictionary has ``bytes`` of J, ``peak`` in bytes, J included, and the number of
     ``samples`` whose rows fit into ``available`` bytes at once. Raises what ``vmap``
-    raises, and ``ValueError`` if ``model(X)`` is not ``[N, C]``. The profiler writes to
-    stderr, unless the environment has ``KINETO_LOG_LEVEL=6``.
+    raises, and ``ValueError`` if ``model(X)`` is not ``[N, C]``.
     """
+    # In its first run, the profiler asks the environment what to write to stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     _, C = shape_of_outputs(model, X[:2])
     few = X[:2].detach().clone()
     with unchanged(model):

@@ -253,7 +253,7 @@ def verdicts(model, X, dtype=torch.float64):
             raise ValueError(f"{name} is complex, or has a hook that changes gradients")
     if any(m._backward_hooks or m._backward_pre_hooks for m in model.modules()):
         raise ValueError("a module has a backward hook, as after extend")
-    if any(getattr(m, "sparse", False) for m in model.modules()):
+    if any(getattr(m, "sparse", False) is True for m in model.modules()):
         raise ValueError("an embedding has sparse gradients: set its sparse to False")
     with WithoutGraph():
         model = copy.deepcopy(model).to(dtype)

@@ -441,13 +441,13 @@ print("Summed over the samples, batch_grad agrees with jacrev.")
 
 def sample_influence(model, X):
     """Return ``[N, N]``: the norm of the derivative of ``fs[n]`` by ``X[m]``."""
-    params = {name: p.detach() for name, p in model.named_parameters()}
 
-    def f(X):
-        buffers = {name: b.clone() for name, b in model.named_buffers()}
-        return functional_call(model, (params, buffers), X.clone())
+    def f(X):  # a model may write to parameters and buffers
+        tensors = *model.named_parameters(), *model.named_buffers()
+        copies = {name: tensor.detach().clone() for name, tensor in tensors}
+        return functional_call(model, copies, X.clone())
 
-    J = jacrev(f)(X)  # [N, C, N, *X.shape[1:]]
+    J = autograd.functional.jacobian(f, X)  # [N, C, N, *X.shape[1:]]
     return J.flatten(3).norm(dim=(1, 3))
 
 

@@ -78,7 +78,8 @@ def sample_loop_jacobian(model, X):
     """Return ``{name: [*fs.shape, *p.shape]}`` from a batched pass per sample.
 
     ``X`` is a tensor ``[N, ...]``, and so is ``fs = model(X)``. Raises ``ValueError``
-    if the outputs of a sample, or a gradient, change with the batch that it is in.
+    if the outputs of a sample, or a gradient, change with the batch that it is in, or
+    if a gradient is sparse.
     """
     together, alone = model(X.clone()), [model(x) for x in X.clone().split(1)]
     near = torch.finfo(together.dtype).eps ** 0.5
@@ -86,6 +87,8 @@ def sample_loop_jacobian(model, X):
         raise ValueError("model(X[n:n+1]) is not model(X)[n:n+1]: mixed or random")
     if any(getattr(module, "scale_grad_by_freq", False) for module in model.modules()):
         raise ValueError("scale_grad_by_freq divides a gradient by counts in the batch")
+    if any(getattr(module, "sparse", False) is True for module in model.modules()):
+        raise ValueError("an embedding has sparse gradients: set its sparse to False")
     rows = [grads_batched(model, x) for x in X.clone().split(1)]
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
