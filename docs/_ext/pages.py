@@ -44,14 +44,17 @@ def source(pagename):
 
 
 def link_tutorials(app, doctree, docname):
-    """Turn the file name of a tutorial into a link: a script shows only the name."""
+    """Turn the name of a tutorial or a file to take away into a link to it."""
     for literal in list(doctree.findall(nodes.literal)):
         if name := re.fullmatch(r"([\w/]+)\.py", literal.astext()):
             target = GALLERY + name[1]
-            if target not in app.env.all_docs:
+            if name[1] in app.config.take_away:
+                uri = f"{'../' * docname.count('/')}take/{name[0]}"
+            elif target in app.env.all_docs:
+                uri = app.builder.get_relative_uri(docname, target)
+            else:
                 logger.warning("there is no tutorial %s", name[0], location=literal)
                 continue
-            uri = app.builder.get_relative_uri(docname, target)
             link = nodes.reference("", "", internal=True, refuri=uri)
             link += literal.deepcopy()
             literal.replace_self(link)

@@ -301,9 +301,9 @@ for name, (model, X) in large.items():
 # ``jacobian_chunks`` yields one part of ``J`` after the other, each checked against a
 # gradient of its own samples before you get it. Where samples influence each other, as
 # in a softmax over the batch, a chunk is no part of ``J``: ``samples_apart`` finds that
-# out before the first chunk, at the cost of a few gradients. With a ``plan`` from
-# above, ``size=(plan["samples"], C)`` fits; if that is 0, take one sample and fewer
-# outputs.
+# out before the first chunk, at the cost of one gradient of each chunk. With a ``plan``
+# from above, ``size=(plan["samples"], C)`` fits; if that is 0, take one sample and
+# fewer outputs. The use is below what is closed.
 
 # fold: samples_apart and checked_rows
 

@@ -47,6 +47,10 @@ def vmap_jacrev(model, X):
     return vmap(jacrev(f), (None, 0))(params, X)
 
 
+# %%
+# All rows of ``J``, with the outputs and the parameters that they belong to:
+
+
 def linearized(model, X):
     """Return ``fs [N, C]``, ``J [N, C, P]`` and ``theta [P]``, without a graph."""
     fs, jacobian = model(X).detach(), vmap_jacrev(model, X)

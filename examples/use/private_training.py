@@ -72,7 +72,8 @@ print(f"to {g.norm(dim=1).max():.2f}, clipped to {clipped.norm(dim=1).max():.2f}
 # derivative of its loss by the layer's output, and the layer's input ``a [N, I]``. Its
 # squared norm is the product of two squared norms. With the norms known, the sum of the
 # clipped gradients is the gradient of a weighted sum of losses: a second backward pass,
-# and no gradient of a single sample is ever stored.
+# and no gradient of a single sample is ever stored. This function is for stacks of
+# linear layers; the norms of any model come from ``squared_norms`` in ``ntk.py``.
 
 
 def clipped_gradient(model, X, y, bound):
@@ -285,8 +286,6 @@ plt.show()
 # - Stored gradients have ``N * P`` numbers, and the Jacobian has ``C`` times as many.
 # - Norms from factors need ``N * (I + O)`` numbers per layer and two backward passes,
 #   whatever ``C`` is.
-# - For any model, ``squared_norms(model, X, e)`` returns the same squared norms: it is
-#   in a file that ``scale/neural_tangent_kernel.py`` offers.
 # - `Opacus <https://opacus.ai>`_ has rules for many layers; its default
 #   ``loss_reduction="mean"`` multiplies with ``N``.
 #
