@@ -35,17 +35,12 @@ print({name: list(block.shape) for name, block in J.items()})
 # %%
 # Your case: take this, because
 # -----------------------------
-# Five methods run on six cases, on one thread. They have to match the loop of backward
-# passes in double precision, then they take turns in single precision, and the smallest
-# time counts: other programs only add time. Methods within ``TIE`` of the fastest tie,
-# and of these the one with the lower peak comes first. The peak is in sizes of ``J``,
-# which is part of it. How it is measured is closed: the table is below.
-#
-# ``autograd_loop`` is the definition. ``grads_batched`` sends its passes together.
-# BackPACK's two methods take a model that went through ``extend``;
-# ``batched_jacobians.py`` explains them.
+# Five methods run on six cases, in single precision and on one thread. They have to be
+# right, then they take turns, and the smallest time counts: other programs only add
+# time. The first named is the fastest, or ties with it and has the lower peak. ``J`` is
+# the size of the Jacobian, which is part of each peak.
 
-# fold: The other four methods
+# fold: The other methods, the cases, and how right, peak and time are found
 import copy
 import gc
 import os
@@ -133,13 +128,6 @@ def calls(model, X):
     }
 
 
-# %%
-# The models: a multilayer perceptron (MLP), small and wide, a CNN on RGB images of 32
-# by 32 pixels, and a vision transformer with 36 patches.
-
-# fold: The models and the batches
-
-
 def mlp(*widths):
     """Return linear layers of these widths, with a ReLU between any two."""
     pairs = [[nn.Linear(*sizes), nn.ReLU()] for sizes in pairwise(widths)]
@@ -191,12 +179,6 @@ cases = {
 device = "cuda" if torch.cuda.is_available() else "cpu"
 cases = {case: (model.to(device), X.to(device)) for case, (model, X) in cases.items()}
 
-# %%
-# BackPACK has no rule for some layers: it raises, or it warns, which counts as an error
-# here. The first call in a process loads code, so each method is called before it is
-# timed.
-
-# fold: How right, peak and time are found
 FEW = 40  # the loop is timed if N * C is at most this
 SECONDS = 0.2  # what the repeated calls of a case take; a longer call is not repeated
 TIE = 1.2
@@ -259,10 +241,6 @@ def smallest_seconds(calls, limit):
     return seconds
 
 
-# %%
-# ``J`` is the size of the Jacobian, in single precision.
-
-# fold: The table
 threads = torch.get_num_threads()
 torch.set_num_threads(1)  # least disturbed by other programs
 gc.freeze()  # what exists now is no garbage, and a search through it takes long
@@ -288,6 +266,10 @@ for case, (model, X) in cases.items():
     print(f";\n  least memory: {least}, {memory[case][least]:.2f} J.")
 
 # %%
+# ``autograd_loop`` is the definition. ``grads_batched`` sends its passes together.
+# BackPACK's two methods, explained in ``batched_jacobians.py``, have no rule for some
+# layers: where they raise or warn, they are left out.
+#
 # ``batched_jacobian`` is not in the table: it takes any model, tries a fast method,
 # and checks what that gives. ``scale/universal_jacobian.py`` shows its time as a
 # multiple of that of ``vmap(jacrev)``. For wide linear layers at every step of a loop,

@@ -8,6 +8,7 @@ lines, or by a function to copy that takes buffers and several inputs. You see w
 other methods cost, how to get other derivatives, and which layers fail.
 """
 
+# fold: Imports
 import copy
 import warnings
 from contextlib import contextmanager

@@ -7,6 +7,7 @@ get along without it if it does not: compute it in chunks, reduce it while it st
 by, write it to disk, or multiply with it without ever having it.
 """
 
+# fold: Imports
 import gc
 import math
 import os

@@ -7,6 +7,7 @@ small arrays, and you can write the Jacobian of a network of such layers in abou
 time that it takes to fill its memory.
 """
 
+# fold: Imports
 import statistics
 from contextlib import contextmanager
 from itertools import pairwise, product

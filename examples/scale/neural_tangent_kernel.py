@@ -7,6 +7,7 @@ of one batch or between two, and the norm of every sample's gradient, without st
 the Jacobian.
 """
 
+# fold: Imports
 import math
 import time
 import warnings

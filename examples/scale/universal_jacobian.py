@@ -8,6 +8,7 @@ checks its own result, and can write it into memory that you allocate once. You 
 it does on which model, and how its time compares with ``vmap(jacrev)``.
 """
 
+# fold: Imports
 import statistics
 import warnings
 from collections import Counter

@@ -7,6 +7,7 @@ size, with a few backward passes. The check needs no tolerance from you: it meas
 rounding of your model, and names the parameters whose Jacobian is off by more.
 """
 
+# fold: Imports
 import copy
 import warnings
 from contextlib import contextmanager

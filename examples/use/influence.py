@@ -8,6 +8,7 @@ You find the samples that help or harm an answer, with the Jacobian in memory,
 projected, or on disk.
 """
 
+# fold: Imports
 import copy
 import tempfile
 
