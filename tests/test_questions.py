@@ -170,3 +170,22 @@ def test_both_ways_to_the_spectrum_agree(start):
     J = torch.cat([block.flatten(2) for block in start["J"].values()], 2)
     ggn = torch.einsum("ncp,ncd,ndq->pq", J, L, J)
     assert_close(start["rows"].T @ start["rows"], ggn)
+
+
+def test_derivative_of_a_complex_module_is_the_conjugate_of_autograd(start):
+    _, lines = entry_blocks("``RuntimeError: jacrev: Expected all outputs to be real")
+    exec(lines, start)
+    fs = start["model"](start["Z"])
+    one = torch.ones((), dtype=fs.dtype)
+    rows = torch.autograd.grad(fs[4, 2], start["model"].parameters(), one)
+    for block, row in zip(start["derivative"].values(), rows, strict=True):
+        assert_close(block[4, 2], row.conj())
+    assert_close(start["derivative"]["weight"][4, 2, 2], start["Z"][4])
+
+
+def test_module_hooks_leave_the_jacobian_as_it_is(start):
+    exec("J = vmap(jacrev(f), (None, 0))(params, X)", start)
+    expected = start["J"]
+    for lines in entry_blocks("Wrong numbers after ``register_hook``"):
+        exec(lines, start)
+        assert_close(dict(start["J"]), expected)

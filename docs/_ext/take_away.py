@@ -121,7 +121,7 @@ def write_files(app):
     base = app.config.html_baseurl
     for name, (tutorial, functions) in app.config.take_away.items():
         introduction = f'"""From the tutorial {tutorial}.py of Batched Jacobians.\n\n'
-        introduction += 'Runs with PyTorch 2.9 and newer.\n"""\n'
+        introduction += 'For PyTorch 2.9 and newer.\n"""\n'
         if base:
             introduction += f"# {base}{GALLERY}{tutorial}.html\n"
         try:

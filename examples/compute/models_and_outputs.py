@@ -63,8 +63,11 @@ for head, blocks in J.items():
 # Kinds of outputs, and the shape of the Jacobian
 # -----------------------------------------------
 # One box is one axis. First come the axes of the outputs, then those of the parameter.
-# The page holds each kind below to its line in this table.
+# ``N`` is the axis of samples. ``B``: outputs of a second head, ``T``: tokens, ``V``:
+# words, ``E``: features of a token, ``K``: pixels that are chosen, ``A``: atoms, ``D``:
+# directions in space, ``M``: models. The page holds each kind below to its line here.
 
+# fold: The sizes, the kinds, and how the picture is drawn
 T, V, E, H, W, K, A, D, M = 5, 11, 8, 9, 7, 2, 10, 3, 12
 SIZES = {"N": N, "C": C, "B": B, "T": T, "V": V, "E": E, "H": H, "W": W, "K": K}
 SIZES |= {"A": A, "D": D, "M": M}
@@ -80,12 +83,6 @@ KINDS = {
     "several models": "M N C",
 }
 
-# %%
-# ``N`` is the axis of samples. ``B``: outputs of a second head, ``T``: tokens, ``V``:
-# words, ``E``: features of a token, ``K``: pixels that are chosen, ``A``: atoms, ``D``:
-# directions in space, ``M``: models.
-
-# fold: How the picture is drawn
 fig, ax = plt.subplots(figsize=(5, 4), layout="constrained")
 colors = {"N": "#0072b2", "M": "#009e73", "*p.shape": "0.85"}
 for y, (kind, axes) in enumerate(KINDS.items()):
@@ -243,7 +240,9 @@ print("With attention the shares sum to the row of each output, not of each posi
 # Images of outputs
 # -----------------
 # The recipe takes ``[N, C, H, W]`` as it is. At real sizes the result does not fit
-# anywhere: count it first. Then choose pixels inside ``f``.
+# anywhere: count it first. Then choose pixels inside ``f``. A weighted sum of all rows
+# does not need them: it is one backward pass, a product of
+# ``scale/jacobians_without_memory.py``.
 
 small, images = nn.Conv2d(2, 3, 3, padding=1), torch.rand(N, 2, H, W)
 segment = nn.Sequential(small, nn.Tanh(), nn.Conv2d(3, C, 1))
@@ -261,16 +260,6 @@ check("chosen pixels", J_pixels, segment(images)[:, :, rows, columns], segment)
 real = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 512, 3), nn.Conv2d(512, 21, 1))
 P = sum(p.numel() for p in real.parameters())
 print(f"N = 8, C = 21, 512 x 512, P = {P}: {8 * 21 * 512**2 * P * 4 / 1e12:.0f} TB")
-
-# %%
-# What you compute from all rows does not need them. A weighted sum with weights ``u``
-# is one backward pass. ``scale/jacobians_without_memory.py`` has products from both
-# sides, and chunks, for any model.
-
-u = torch.rand(N, C, H, W)
-products = autograd.grad(segment(images), segment.parameters(), u)
-assert_close(products, tuple(torch.tensordot(u, block, 4) for block in J.values()))
-print(f"One pass gives the weighted sum of {u.numel()} rows.")
 
 # %%
 # Several inputs, keyword arguments, masks
@@ -340,11 +329,9 @@ alone = [jacrev(pooled)(params, *sample) for sample in zip(tokens, padding)]
 check("vector", whole, trimmed(tokens, padding), trimmed)
 assert_close({k: torch.stack([J[k] for J in alone]) for k in params}, whole)
 
-
 plain = Pooled(E, C)
-f = jacrev(lambda params, *x: functional_call(plain, params, x))
-J = vmap(f, (None, 0, 0))(params, tokens, padding)
-assert_close(J, whole)
+rows_of = jacrev(lambda params, *x: functional_call(plain, params, x))
+assert_close(vmap(rows_of, (None, 0, 0))(params, tokens, padding), whole)
 print("Sample by sample, and in plain operations under vmap: the same.")
 
 # %%
@@ -380,7 +367,9 @@ check("forces", J, forces(places), forces)
 # Adapters on a frozen model
 # --------------------------
 # Only what requires a gradient has a block. Low-rank adapters (LoRA) start with zeros
-# in ``up``: then all rows of ``down`` are zero, too. They move with training.
+# in ``up``: then all rows of ``down`` are zero, too. They move with training. Dropout
+# raises under ``vmap``: take ``eval()``, or see
+# ``trust/precision_and_randomness.py``.
 
 
 class Adapted(nn.Module):
@@ -396,35 +385,15 @@ class Adapted(nn.Module):
 
 
 adapted = nn.Sequential(Adapted(nn.Linear(30, 20), 2), nn.Tanh(), nn.Linear(20, C))
-_ = adapted.eval()
 _ = adapted[2].requires_grad_(False)
 _ = nn.init.zeros_(adapted[0].up.weight)
 features = torch.rand(N, 30)
-J = vmap_jacrev(adapted, features)
+show_error(RuntimeError, vmap_jacrev, adapted, features)
+J = vmap_jacrev(adapted.eval(), features)
 check("vector", J, adapted(features), adapted)
 assert not J["0.down.weight"].any() and J["0.up.weight"].any()
 P = sum(p.numel() for p in adapted.parameters())
 print(f"Blocks: {', '.join(J)}. All parameters: {N * C * P * 8 / 1e3:.1f} kB.")
-
-# %%
-# In training mode, dropout raises under ``vmap``. ``randomness="same"`` draws one mask
-# for all samples, ``"different"`` one for each: identical samples show it. For a
-# Jacobian of the model that you use, take ``eval()``.
-# ``trust/precision_and_randomness.py`` has more on dropout.
-
-
-def adapted_outputs(params, x):
-    return functional_call(adapted, params, x[None])[0]
-
-
-show_error(RuntimeError, vmap_jacrev, adapted.train(), features)
-same_samples = features[:1].expand(N, -1)
-for randomness in "same", "different":
-    mapped = vmap(jacrev(adapted_outputs), (None, 0), randomness=randomness)
-    block = mapped(detached_params(adapted), same_samples)["0.up.weight"]
-    equal = torch.allclose(block[0].expand_as(block), block)
-    assert equal == (randomness == "same")
-    print(f"{randomness}: identical samples have identical rows: {equal}")
 
 # %%
 # Embeddings, tied weights, a temperature
@@ -552,13 +521,18 @@ show_error(RuntimeError, vmap(complex_outputs, (None, 0)), parts, X)
 J = vmap(jacrev(in_real_numbers), (None, 0))(parts, X)  # [N, C, 2, 5, C, 2]
 leaf = parts.clone().requires_grad_()
 assert_close(J, loop(in_real_numbers(leaf, X), {"weight": leaf})["weight"])
-assert_close(J[:, :, 0, ..., 0], J[:, :, 1, ..., 1])
-assert_close(J[:, :, 1, ..., 0], -J[:, :, 0, ..., 1])
-derivative = torch.complex(J[:, :, 0, ..., 0], J[:, :, 1, ..., 0])  # [N, C, 5, C]
+print(f"Real and imaginary parts {list(J.shape)}: right.")
+
+# %%
+# The derivative, and its conjugate, which autograd returns:
+
+parts = J.movedim(2, -1).contiguous()  # [N, C, 5, C, 2, 2]
+by_real, by_imaginary = torch.view_as_complex(parts).unbind(-1)
+assert_close(by_imaginary, 1j * by_real)  # Cauchy and Riemann
 leaf = weight.clone().requires_grad_()
 by_autograd = loop(holomorphic(leaf, X), {"weight": leaf})["weight"]
-assert_close(by_autograd, derivative.conj())
-print(f"{list(J.shape)}: Cauchy-Riemann holds, and autograd returns the conjugate.")
+assert_close(by_autograd, by_real.conj())
+print(f"Derivatives {list(by_real.shape)}: autograd returns the conjugate.")
 
 # %%
 # Several models at once
@@ -589,8 +563,7 @@ for m, model in enumerate(models):
     blocks = loop(model(X), dict(model.named_parameters()))
     assert_close({name: block[m] for name, block in J.items()}, blocks)
 assert J["0.bias"].shape == (M, N, C, 7)
-size = sum(block.nbytes for block in J.values()) / 1e3
-print(f"Each of {M} models: right, {M * N * C} rows in {size:.1f} kB.")
+print(f"Each of {M} models: right, {M * N * C} rows.")
 
 # %%
 # What to take home

@@ -31,6 +31,7 @@ _ = torch.manual_seed(0)
 # --------------------
 # To count the digits, compute the Jacobian once more, in ``float64``. Both here are
 # ``{name: [N, C, *p.shape]}``. The error is relative to the norm of each block.
+# ``trust/check_a_jacobian.py`` measures rounding without ``float64``.
 
 
 def vmap_jacrev(model, X):
@@ -179,25 +180,6 @@ for dtype in (torch.float16, torch.bfloat16):
     assert (J == 0).sum() > (exact == 0).sum() or dtype == torch.bfloat16
 
 # %%
-# Rounding without float64
-# ------------------------
-# The backward pass is linear in its weights ``u``, so what is left of
-# ``g(u) - g(v) - g(u - v)`` is rounding. ``trust/check_a_jacobian.py`` builds a check
-# on it. It needs no ``float64``, and sees the backward pass only: ReLUs that the
-# forward pass switched are the same in all three gradients.
-
-for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-    low = copy.deepcopy(model).to(dtype)
-    fs = low(X.to(dtype))
-    u, v = torch.randn_like(fs), torch.randn_like(fs)
-    g = [
-        autograd.grad(fs, low[0].weight, w, retain_graph=True)[0] for w in (u, v, u - v)
-    ]
-    rounding = (g[0] - g[1] - g[2]).norm() / g[0].norm()
-    print(f"{dtype}: {rounding:.0e}")
-    assert rounding < 10 * torch.finfo(dtype).eps
-
-# %%
 # Order of sums
 # -------------
 # In ``float32`` the sum of ``J`` over samples and outputs and the gradient of the sum
@@ -212,8 +194,8 @@ sums = autograd.grad(exact(X.double()).sum(), (exact[0].bias, exact[2].bias))
 for name, gradient, truth in zip(("0.bias", "2.bias"), gradients, sums):
     total = J[name].sum((0, 1))
     off = [((t - truth).norm() / truth.norm()).item() for t in (total, gradient)]
-    print(f"{name}: sum of J off by {off[0]:.0e}, gradient by {off[1]:.0e}")
-    print(f"{name}: allclose says {torch.allclose(total, gradient)}")
+    print(f"{name}: sum of J off by {off[0]:.0e}, gradient by {off[1]:.0e},")
+    print(f"  and allclose says {torch.allclose(total, gradient)}")
     assert max(off) < 1e-2
 
 # %%
@@ -318,9 +300,8 @@ assert none < 1e-5 < off < 1e-2
 # stay ``float32``. Rounding to ``float16`` shows on any machine what that does to a
 # product.
 
-a, b = torch.rand(64, 96) - 0.5, torch.rand(96, 80) - 0.5
-truth = a.double() @ b.double()
-rounded = a.half().float().double() @ b.half().float().double()
+a, b = torch.randn(64, 96).double(), torch.randn(96, 80).double()
+truth, rounded = a @ b, a.half().double() @ b.half().double()
 off = ((rounded - truth).norm() / truth.norm()).item()
 print(f"Factors with 10 bits: the product is off by {off:.0e}")
 assert 1e-5 < off < 1e-3
@@ -333,7 +314,8 @@ assert 1e-5 < off < 1e-3
 # ``set_float32_matmul_precision("highest")`` does not touch the second.
 
 matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-print(f"float32_matmul_precision = {torch.get_float32_matmul_precision()!r}")
+default = torch.get_float32_matmul_precision()
+print(f"float32_matmul_precision = {default!r}")
 print(f"cuda.matmul.allow_tf32 = {matmul.allow_tf32}")
 print(f"cudnn.allow_tf32 = {cudnn.allow_tf32}")
 before = cudnn.allow_tf32
@@ -349,7 +331,6 @@ print(f"After 'highest', cudnn.allow_tf32 is still {cudnn.allow_tf32}.")
 # result: ``"medium"`` allows ``bfloat16`` in them.
 
 gpu = torch.cuda.is_available()
-default = torch.get_float32_matmul_precision()
 
 
 def error_here(name):
@@ -436,17 +417,15 @@ def kept_units(J):
     return J["3.weight"].diagonal(dim1=1, dim2=2).mT != 0
 
 
-masks = {}
 for randomness in ("same", "different"):
     J = vmap(jacrev(f), (None, 0), randomness=randomness)(params, X)
     kept = kept_units(J)[:, 0].to(X)
     fixed = nn.Sequential(*layers[:2], FixedDropout(kept, p), layers[3])
     assert_close(J, autograd_loop(fixed, X))
-    masks[randomness] = len(kept.unique(dim=0))
-    print(f"{randomness}: number of masks for {N} samples: {masks[randomness]}")
-assert masks["same"] == 1 < masks["different"]
-J = vmap_jacrev(model.eval(), X)
-assert kept_units(J).all()
+    masks = len(kept.unique(dim=0))
+    assert (masks == 1) == (randomness == "same")
+    print(f"{randomness}: number of masks for {N} samples: {masks}")
+assert kept_units(vmap_jacrev(model.eval(), X)).all()
 print("eval: no unit is dropped")
 _ = model.train()
 
@@ -503,10 +482,7 @@ once = autograd_loop(model, X)
 fresh = [autograd_loop(model, X)["3.weight"][:, c] for c in range(C)]
 fresh = {"3.weight": torch.stack(fresh, dim=1)}
 masks = [len(kept_units(J)[0].unique(dim=0)) for J in (once, fresh)]
-print(
-    f"Masks for the {C} outputs of the first sample: {masks[0]} with one forward pass,"
-)
-print(f"{masks[1]} with one for each output")
+print(f"Masks for {C} outputs of a sample: {masks[0]}, and {masks[1]} with {C} passes.")
 assert masks[0] == 1 < masks[1]
 torch.set_num_threads(threads)
 
