@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 torch.manual_seed(0)  # for the models that pytest collects
 
-SAVE = '\ntorch.save(K, f"{rank}.pt")\n'
+SAVE = '\ntorch.save(K, f"{rank}.pt")\ndist.destroy_process_group()\n'
 # Rank 1 hangs or is killed, and the others do not wait for it without an end.
 HANG = "import os, signal\nif os.environ['RANK'] == '1': signal.pause()\n"
 KILL = "import os, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\n"

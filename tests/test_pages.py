@@ -153,14 +153,7 @@ def test_first_output_comes_soon(tutorial):
 
 
 # On a phone, the letters of wider figures are too small, as they are in cards.
-STILL_WIDE = {
-    "scale/neural_tangent_kernel",
-    "scale/universal_jacobian",
-    "trust/check_a_jacobian",
-}
-
-
-@pytest.mark.parametrize("tutorial", sorted({*TUTORIALS} - STILL_WIDE))
+@pytest.mark.parametrize("tutorial", TUTORIALS)
 def test_figure_is_legible_on_a_phone(tutorial):
     for figure in parse(f"auto_examples/{tutorial}.html").select("img[srcset]"):
         assert int(figure["width"]) <= 500

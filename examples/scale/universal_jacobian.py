@@ -632,7 +632,7 @@ torch.set_num_threads(threads)
 # fold: How the picture is drawn
 
 STYLES = {"plain": "o #D55E00", "out=": "s #56B4E9", "out= and method=": "D #0072B2"}
-fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+fig, ax = plt.subplots(figsize=(5, 4), layout="constrained")
 for call, style in STYLES.items():
     marker, color = style.split()
     x = [ratio[call] for ratio in ratios.values()]
@@ -649,7 +649,7 @@ fig.legend(loc="outside lower center", ncols=3)
 median = statistics.median(ratio["plain"] for ratio in ratios.values())
 least = min(ratio["out= and method="] for ratio in ratios.values())
 fig.suptitle(
-    f"batched_jacobian, checked: x {median:.2f} the time of vmap(jacrev) (median);\n"
+    f"Checked: x {median:.2f} the time of vmap(jacrev) (median);\n"
     f"with out= and method=, down to x {least:.2f}"
 )
 plt.show()

@@ -436,7 +436,7 @@ print(f"Wrong Jacobians: at least {smallest:.0f} roundings.")
 
 # fold: The figure
 
-fig, ax = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
+fig, ax = plt.subplots(figsize=(5, 4), layout="constrained")
 colors, names = ("#E69F00", "#56B4E9", "#CC79A7", "#D55E00"), list(right)
 ax.scatter(right.values(), names, s=120, color="#009E73", label="right")
 for (kind, errors), color, mark in zip(wrong.items(), colors, "sD^v"):
@@ -444,8 +444,8 @@ for (kind, errors), color, mark in zip(wrong.items(), colors, "sD^v"):
 _ = ax.axvline(LIMIT, color="black", linestyle="--", label="LIMIT")
 ax.set(xscale="log", xlabel="error in roundings", ylim=(len(right) - 0.5, -0.5))
 largest = max(right.values())
-ax.set_title(f"Right: at most {largest:.1f} roundings. Wrong: {smallest:.0f} and more")
-fig.legend(loc="outside lower center", ncols=3)
+fig.suptitle(f"Right: at most {largest:.1f} roundings.\nWrong: {smallest:.0f} and more")
+fig.legend(loc="outside lower center", ncols=2)
 plt.show()
 
 # %%
