@@ -487,8 +487,8 @@ def kernel(J, J_Z):
     for pair in pairs_of_blocks:
         add_blocks(K, *pair)
     if J is J_Z:  # the other half
-        flat = K.flatten(0, 1).flatten(1)
-        K = (flat.tril() + flat.tril(-1).mT).view(K.shape)
+        for n in range(len(K) - 1):
+            K[n, :, n + 1 :] = K[n + 1 :, :, n].permute(2, 0, 1)
     return K
 
 
