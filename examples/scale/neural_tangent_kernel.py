@@ -215,11 +215,12 @@ def outputs(model, leaves, X):
     """Return ``fs = model(X)``, with copies of the buffers, or say what it is not."""
     values = {b: b.detach().clone() for b in model.buffers()}
     values |= {p: leaves[k] for k, p in model.named_parameters() if k in leaves}
-    places = {}  # each once: functional_call breaks a module that has two names
-    for prefix, module in model.named_modules():
-        for named in module.named_parameters, module.named_buffers:
-            places |= named(prefix, recurse=False, remove_duplicate=False)
-    places = {place: values[t] for place, t in places.items() if t in values}
+    places = {  # each once: functional_call breaks a module that has two names
+        f"{prefix}.{name}".lstrip("."): values[tensor]
+        for prefix, module in model.named_modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor in values
+    }
     fs = functional_call(model, places, X.clone(), tie_weights=False)
     if not isinstance(fs, torch.Tensor) or fs.ndim != 2 or len(fs) != len(X):
         got = list(fs.shape) if isinstance(fs, torch.Tensor) else type(fs).__name__
