@@ -54,7 +54,7 @@ def answer(form):
 @pytest.mark.parametrize(
     ("fields", "size", "verdict"),
     [
-        ({}, "689 MB", "fits, with up to 1.38 GB at the peak: take vmap(jacrev)"),
+        ({}, "689 MB", "fits, with about 1.38 GB at the peak: take vmap(jacrev)"),
         ({"N": 7, "C": 3, "P": 5, "bytes": "float64"}, "840 bytes", "fits, with"),
         ({"N": 7, "C": 3, "P": 50}, "4.2 kB", "fits, with"),
         ({"N": 1, "C": 3, "P": 333333}, "4 MB", "fits, with"),
@@ -71,7 +71,7 @@ def answer(form):
         (
             {"N": 125, "P": "1M", "memory": 11.2},
             "5 GB",
-            "fits, with up to 10 GB at the",
+            "fits, with about 10 GB at the",
         ),
         (
             {"N": 32, "C": 1000, "P": 11689512},
@@ -79,7 +79,7 @@ def answer(form):
             "does not fit into 90 % of the memory: compute chunks",
         ),
         ({"N": "1M", "C": "1M", "P": "100k"}, "400 PB", "does not fit"),
-        ({"kind": "CNN"}, "689 MB", "fits, with up to 3.93 GB at the peak: take"),
+        ({"kind": "CNN"}, "689 MB", "fits, with about 3.93 GB at the peak: take"),
         ({"kind": "CNN", "memory": 3}, "689 MB", "fits once: allocate it first"),
         ({"kind": "CNN", "memory": 2}, "689 MB", "fits once, but not what a method"),
         ({"kind": "CNN", "memory": 0.5}, "689 MB", "does not fit"),

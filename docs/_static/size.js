@@ -6,6 +6,7 @@ const batched = link("universal_jacobian.html#shortest-use", "batched_jacobian")
 const chunks = link("jacobians_without_memory.html#chunks-of-samples-and-outputs", "chunks");
 const products = link("jacobians_without_memory.html#products-with-j-and-its-transpose", "products");
 const factors = link("neural_tangent_kernel.html#kernel-of-two-batches", "factors");
+const measure = link("jacobians_without_memory.html#memory-plan", "measure");
 const pieces = `${chunks} (rows on disk, sums over J), ${products} (J v, J^T u) or ${factors} (J J^T)`;
 
 // Of the memory; the rest holds the model, the batch and other programs.
@@ -48,7 +49,7 @@ function answer() {
   const [made, written] = PEAKS[form.elements.kind.value];
   const takes = `J takes ${shown(size)} and`;
   const peak = `${shown(made * size)} at the peak`;
-  if (made * size <= limit) return `${takes} fits, with up to ${peak}: take vmap(jacrev) or ${batched}.`;
+  if (made * size <= limit) return `${takes} fits, with about ${peak}: take vmap(jacrev) or ${batched}. With few weights or large images, ${measure}.`;
   if (written * size <= limit) return `${takes} fits once: allocate it first, then write into it with ${batched} and out=, or in ${chunks}.`;
   return size <= limit
     ? `${takes} fits once, but not what a method needs beside it: allocate it first, then write into it in ${chunks}.`

@@ -412,6 +412,7 @@ model, X = mlp(9, 8, 7, C), torch.rand(N, 9)
 J = autograd_loop(model, X)
 for n, c, chunk in jacobian_chunks(model, X, size=(4, 3)):
     assert_close(chunk, {name: block[n, c] for name, block in J.items()})
+    del chunk  # else it is still there while the next one is computed
 print("Chunks of 4 samples and 3 outputs are parts of J.")
 
 mixing = nn.Sequential(nn.Linear(9, C), nn.Softmax(dim=0))

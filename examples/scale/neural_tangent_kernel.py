@@ -555,8 +555,9 @@ cases = {
 # mix, as for batch norm in training mode, blocks come from the definition, and take
 # long. If ``fs`` is random, as for dropout, each call returns another kernel.
 
-K = ntk(small_cnn(8, C), torch.rand(N, 1, 8, 8), torch.rand(5, 1, 8, 8))
-print(f"Between {N} and 5 images: {list(K.shape)}")
+model_of_images, X_images, Z_images = cases["images"]
+K = ntk(model_of_images.eval(), X_images, Z_images)
+print(f"Between {N} and {len(Z_images)} images: {list(K.shape)}")
 
 for title, (case, X_case, Z_case) in cases.items():
     J, J_Z = autograd_loop(case, X_case), autograd_loop(case, Z_case)

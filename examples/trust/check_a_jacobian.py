@@ -321,8 +321,8 @@ def check_jacobian(model, X, jacobian, seed=0):
 # %%
 # Your own model
 # --------------
-# Download ``check_jacobian.py``, and ``from check_jacobian import check_jacobian``. Put
-# in your model, your ``X`` of shape ``[N, ...]``, and your Jacobian as
+# Download ``check_jacobian.py``: ``from check_jacobian import LIMIT, check_jacobian``.
+# Put in your model, your ``X`` of shape ``[N, ...]``, and your Jacobian as
 # ``{name: [N, C, *p.shape]}``: of a list of blocks that is
 # ``dict(zip(dict(model.named_parameters()), blocks))``. A model with random numbers has
 # to be in ``eval()``.

@@ -34,7 +34,7 @@ _ = torch.manual_seed(0)
 # the rows are those of ``J``, the targets ``Y - fs + J @ theta``. A bar has two parts,
 # the noise of the data and the doubt about the parameters.
 
-# fold: The Jacobian
+# fold: The Jacobian of each parameter
 
 
 def vmap_jacrev(model, X):
