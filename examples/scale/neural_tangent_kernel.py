@@ -462,10 +462,12 @@ def add_factors(K, delta, a, delta_Z, a_Z):
             tile.addcmul_(D, (a[n, 0] @ a_Z[m, 0].mT)[:, None, :, None])
         return
     rows, weights = delta.flatten(2), delta_Z.permute(0, 2, 3, 1).flatten(2)
+    positions, memory = a.flatten(0, 1), a.new_empty(len(a) * T, weights.shape[2])
     for m, (weight, a_m) in enumerate(zip(weights, a_Z)):  # [S, O * C] and [S, I]
-        n = slice(m if is_symmetric else 0, None)
-        moved = (a[n] @ a_m.mT) @ weight  # [n, T, O * C]
-        K[n, :, m] += rows[n] @ moved.view(-1, T * n_out, K.shape[3])
+        start = m if is_symmetric else 0
+        products = positions[start * T :] @ a_m.mT
+        moved = torch.mm(products, weight, out=memory[start * T :])
+        K[start:, :, m] += rows[start:] @ moved.view(-1, T * n_out, K.shape[3])
 
 
 def add_blocks(K, rows, rows_Z):
