@@ -322,18 +322,18 @@ def bad_inputs():
             return super().forward(X), X
 
     flat, rows = nn.Sequential(model, nn.Flatten(0)), nn.Unflatten(1, (1, 2))
-    names = r"has the names \['weight', 'bias'\], but this has "
+    names = r"a dict of \['weight', 'bias'\], but this is "
     own = {"weight": J["weight"]}
     yield "missing", model, X, own, names + r"\['weight'\]"
     yield "unknown", model, X, J | {"scale": J["bias"]}, names + r".*'scale'"
-    yield "frozen", frozen, X, J, r"the names \['weight'\], but .*'bias'"
+    yield "frozen", frozen, X, J, r"a dict of \['weight'\], but .*'bias'"
     text = r"block of weight must be .*\[4, 2, 2, 3\].*, but is .*\[2, 4, 2, 3\]"
     yield "shape", model, X, J | {"weight": torch.zeros(2, 4, 2, 3)}, text
     text = r"block of bias must be .*\[4, 2, 2\].*, but is .*\[4, 2\]"
     yield "ndim", model, X, J | {"bias": torch.zeros(4, 2)}, text
     yield "dtype", model, X, J | {"bias": J["bias"].double()}, "bias .*float64"
     yield "device", model, X, J | {"bias": J["bias"].to("meta")}, "bias .*meta"
-    yield "a tensor", model, X, J["bias"], "Jacobian is a dict by name, .* is a Tensor"
+    yield "a tensor", model, X, J["bias"], "a dict of .*, but this is Tensor"
     yield "no X", model, X.tolist(), J, r"X must be a tensor \[N, ...\].*, but is list"
     yield "a number", model, X[0, 0], J, r"X must be a tensor .* but is \[\]"
     yield "no samples", model, X[:0], J, r"with N > 0, but is \[0, 3\]"

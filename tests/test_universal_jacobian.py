@@ -691,7 +691,7 @@ def changed(change):
 
 
 BAD_OUT = {
-    "a Jacobian has the names .*, but this has": lacking,
+    "a Jacobian is a dict of .*, but this is": lacking,
     r"the block of 0.bias must be .*\[5, 3, 6\].* is .*\[5, 3, 5\]": changed(
         lambda block: block[..., :-1]
     ),

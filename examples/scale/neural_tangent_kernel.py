@@ -320,16 +320,14 @@ def errors_in_roundings(model, leaves, X, fs, u, sums):
 
 def product_precision(fs):
     """Return the relative precision of products, which TF32 and bfloat16 lower."""
-    backends = torch.backends
+    eps, backends = torch.finfo(fs.dtype).eps, torch.backends
     if fs.dtype != torch.float32:
-        return torch.finfo(fs.dtype).eps
+        return eps
     settings = backends.mkldnn.matmul, backends.mkldnn.conv
     if fs.is_cuda:
         settings = backends.cuda.matmul, backends.cudnn.conv
-    modes = [setting.fp32_precision for setting in settings]
-    if "bf16" in modes:
-        return 2**-8
-    return 2**-11 if "tf32" in modes else torch.finfo(fs.dtype).eps
+    lower = {"tf32": 2**-11, "bf16": 2**-8}
+    return max(lower.get(setting.fp32_precision, eps) for setting in settings)
 
 
 @contextmanager

@@ -173,12 +173,9 @@ def outputs(model, leaves, X):
 
 def check_blocks(blocks, fs, params):
     """Raise ``ValueError`` if ``blocks`` are not like the Jacobian of ``fs``."""
-    if not isinstance(blocks, dict):
-        kind = type(blocks).__name__
-        raise ValueError(f"a Jacobian is a dict by name, but this is a {kind}")
-    if set(blocks) != set(params):
-        got = list(blocks)
-        raise ValueError(f"a Jacobian has the names {list(params)}, but this has {got}")
+    got = list(blocks) if isinstance(blocks, dict) else type(blocks).__name__
+    if not isinstance(blocks, dict) or set(blocks) != set(params):
+        raise ValueError(f"a Jacobian is a dict of {list(params)}, but this is {got}")
     for name, p in params.items():
         block = blocks[name]
         wanted = f"{list(fs.shape + p.shape)}, {p.dtype}, {p.device}"
@@ -338,16 +335,14 @@ def errors_in_roundings(model, leaves, X, fs, u, sums):
 
 def product_precision(fs):
     """Return the relative precision of products, which TF32 and bfloat16 lower."""
-    backends = torch.backends
+    eps, backends = torch.finfo(fs.dtype).eps, torch.backends
     if fs.dtype != torch.float32:
-        return torch.finfo(fs.dtype).eps
+        return eps
     settings = backends.mkldnn.matmul, backends.mkldnn.conv
     if fs.is_cuda:
         settings = backends.cuda.matmul, backends.cudnn.conv
-    modes = [setting.fp32_precision for setting in settings]
-    if "bf16" in modes:
-        return 2**-8
-    return 2**-11 if "tf32" in modes else torch.finfo(fs.dtype).eps
+    lower = {"tf32": 2**-11, "bf16": 2**-8}
+    return max(lower.get(setting.fp32_precision, eps) for setting in settings)
 
 
 # %%
