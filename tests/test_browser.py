@@ -173,8 +173,11 @@ def test_keyboard_reaches_everything(width, opened):
     rules = ["scrollable-region-focusable"]
     assert violations(opened, rules=rules, thin_out=False) == []
     count = opened.evaluate(WATCH_FOCUS)
-    for _ in range(count + 10):
-        opened.keyboard.press("Tab")
+    for _ in range(2):  # a round that begins in the middle of the page ends there
+        for _ in range(count + 10):
+            opened.keyboard.press("Tab")
+        if opened.evaluate("window.waiting.size") == 0:
+            break
     assert opened.evaluate("[...window.waiting].map((e) => e.outerHTML)") == []
     assert opened.evaluate("window.unseen") == []
 

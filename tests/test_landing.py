@@ -163,7 +163,7 @@ def test_links_of_the_form_lead_somewhere(kind, form):
         page, _, anchor = href.partition("#")
         html = parse(page)
         assert html.find(id=anchor) if anchor else html.title
-    assert len(led) == 4
+    assert len(led) == 5
 
 
 def test_guide_leads_to_what_to_take_and_to_whether_it_is_right(html):
