@@ -1,5 +1,6 @@
 """Compiled Jacobians, on other models."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -9,6 +10,14 @@ from torch.testing import assert_close
 
 N, C = 5, 3
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+
+# The newest release compiles what this one refuses.
+text = r"Cannot call sizes\(\) on tensor with symbolic sizes/strides"
+NO_DYNAMIC_CONVOLUTION = (
+    pytest.raises(RuntimeError, match=text)
+    if torch.__version__ < "2.14"
+    else contextlib.nullcontext()
+)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +92,7 @@ def test_second_model_with_convolutions(page):
     X = torch.rand(N, 2, 6)
     nets = [nn.Sequential(nn.Conv1d(2, w, 2), nn.Flatten()) for w in (3, 4)]
     compile_again(nets[0], X)
-    with pytest.raises(RuntimeError, match="Cannot call sizes"):
+    with NO_DYNAMIC_CONVOLUTION:
         compile_again(nets[1], X)
     J = compile_again(nets[1], X, dynamic=False)
     assert_close(J, page["autograd_loop"](nets[1], X))
@@ -92,8 +101,7 @@ def test_second_model_with_convolutions(page):
 def test_error_of_a_compiled_convolution_with_a_dynamic_size():
     jacobian, params = recipe(nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten()))
     compiled = torch.compile(jacobian, backend="aot_eager", dynamic=True)
-    text = "Cannot call sizes\\(\\) on tensor with symbolic sizes/strides"
-    with pytest.raises(RuntimeError, match=text):
+    with NO_DYNAMIC_CONVOLUTION:
         compiled(params, torch.rand(N, 2, 6))
 
 
