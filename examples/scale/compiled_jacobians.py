@@ -9,6 +9,7 @@ know what it gains at which sizes, after how many calls it has paid, and what br
 # fold: Imports
 import copy
 import os
+import shutil
 import tempfile
 import warnings
 from itertools import pairwise, product
@@ -24,11 +25,12 @@ from torch.utils.benchmark.utils.timer import timer
 # %%
 # The recipe, compiled
 # --------------------
-# ``torch.compile`` goes around the whole recipe. The Jacobian ``J`` has shape
+# ``torch.compile`` goes around the whole recipe, the function ``jacobian(params, X)``
+# that ``vmap(jacrev(f), (None, 0))`` returns. The Jacobian ``J`` has shape
 # ``[N, C, *p.shape]`` for each parameter ``p``, as before, and the same numbers. The
 # first call compiles. ``mark_dynamic`` lets any number of samples use the result.
 
-# fold: The recipe, the reference, and a temporary folder for what the compiler writes
+# fold: The recipe, the reference, and where the compiler is and writes
 
 threads = torch.get_num_threads()
 torch.set_num_threads(1)
@@ -40,6 +42,12 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no processes that stay behi
 # Both are done once per machine, in the first call of all, and would take longer.
 os.environ["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
+# On a CPU, the default backend "inductor" takes a C++ compiler.
+has_compiler = any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++", "cl"]))
+backend = "inductor" if has_compiler else "aot_eager"
+# While it compiles, PyTorch calls functions of its own that are deprecated.
+for name in "torch.jit.script", "torch._prims_common.check":
+    warnings.filterwarnings("ignore", f".*{name}.* is deprecated")
 
 
 def autograd_loop(model, X):
@@ -59,20 +67,6 @@ def mlp(*widths):
     return nn.Sequential(*sum(pairs, [])[:-1])
 
 
-def compiled_and_called(function, *args, **options):
-    """Return the compiled function, its first result, and the seconds that it took."""
-    start = timer()
-    with warnings.catch_warnings(action="ignore"):  # PyTorch's, of its own functions
-        try:
-            compiled = torch.compile(function, **options)
-            return compiled, compiled(*args), timer() - start
-        except Exception as error:  # on a CPU, it takes a C++ compiler
-            print(f"{type(error).__name__}: not compiled, traced only")
-            start = timer()
-            compiled = torch.compile(function, backend="aot_eager", **options)
-            return compiled, compiled(*args), timer() - start
-
-
 def recipe(model):
     """Return the Jacobian of all samples as a function, and the parameters."""
     params = {name: p.detach() for name, p in model.named_parameters()}
@@ -88,10 +82,12 @@ def recipe(model):
 model, X = mlp(10, 32, 5), torch.rand(8, 10)
 jacobian, params = recipe(model)
 torch._dynamo.mark_dynamic(X, 0)
-# compiled = torch.compile(jacobian), and J = compiled(params, X), with a clock:
-compiled, J, first = compiled_and_called(jacobian, params, X)
+compiled = torch.compile(jacobian, backend=backend)
+start = timer()
+J = compiled(params, X)
+first = timer() - start
 assert_close(J, autograd_loop(model, X))
-print(f"The first call takes {first:.1f} s, and J is that of the autograd loop.")
+print(f"{backend}: the first call takes {first:.1f} s, and J is that of a loop.")
 
 # %%
 # What it gains
@@ -154,26 +150,20 @@ ax.legend()
 plt.show()
 
 # %%
-# Without a C++ compiler
-# ----------------------
-# ``backend="aot_eager"`` records the operations and compiles none, so it takes no C++
-# compiler. What ``vmap`` and ``jacrev`` do in Python is left out of later calls.
+# New sizes
+# ---------
+# Without a mark, the second ``N`` compiles again, and then for all ``N``. Convolutions
+# compile for each ``N``. To notice it, forbid it. ``backend="aot_eager"`` records the
+# operations and compiles none: it takes no C++ compiler, and no time to compile.
 
 cnn = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4))
 images = torch.rand(7, 1, 8, 8)
-torch.compiler.reset()  # the section after the next says why
+torch.compiler.reset()  # the next section says why
 of_cnn, cnn_params = recipe(cnn)
 traced = torch.compile(of_cnn, backend="aot_eager")
 assert_close(traced(cnn_params, images), autograd_loop(cnn, images))
 eager, fast = (median_ms(g, cnn_params, images) for g in (of_cnn, traced))
 print(f"CNN: eager {eager:.2f} ms, traced {fast:.2f} ms, ratio {eager / fast:.1f}")
-
-# %%
-# New sizes
-# ---------
-# Without a mark, the second ``N`` compiles again, and then for all ``N``. Convolutions
-# compile for each ``N``. To notice it, forbid it.
-
 with torch.compiler.set_stance("fail_on_recompile"):
     print(message(traced, cnn_params, images[:5]))
 

@@ -294,32 +294,6 @@ ax.set_title(f"Kernel: {one:.0f} MB on one rank,\n{two:.0f} MB each on two")
 plt.show()
 
 # %%
-# Ranks that fail or hang
-# -----------------------
-# If a rank fails, ``torchrun`` ends the others, whatever they do, and ``launch`` raises
-# what they wrote. Here rank 1 fails, and rank 0 would sleep for an hour.
-
-FAILS = """
-import os, time
-
-if os.environ["RANK"] == "1":
-    raise ValueError("the file of this shard is missing")
-time.sleep(3600)
-"""
-
-try:
-    launch(FAILS, 2)
-except RuntimeError as error:
-    lines = str(error).splitlines()
-    print([line for line in lines if line.startswith("ValueError")][0])
-else:
-    raise AssertionError("the failure of a rank went unseen")
-
-# %%
-# If a rank hangs, the others wait for it in the next ``broadcast`` or ``all_reduce``.
-# The wait ends in an error after the ``timeout`` of ``init_process_group``, and with it
-# the run. Set it above the longest step of your ranks.
-#
 # Several machines
 # ----------------
 # Save a program such as ``ROWS`` as a file, and start it on each machine: ``torchrun
@@ -327,6 +301,11 @@ else:
 # program.py``. All machines have to reach ``HOST``, one of them, and the files. With
 # GPUs, a rank takes the one whose number is in the variable ``LOCAL_RANK``:
 # ``torch.cuda.set_device``, and ``.cuda()`` on its model and its samples.
+#
+# If a rank fails, ``torchrun`` ends the others. If a rank hangs, the others wait for it
+# in the next ``broadcast`` or ``all_reduce``, until the ``timeout`` of
+# ``init_process_group`` ends the run with an error. Set it above the longest step of
+# your ranks.
 #
 # What to take home
 # -----------------
