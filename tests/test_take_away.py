@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def test_file_holds_the_text_of_the_tutorial(name):
 
 
 @files
-def test_page_links_the_file_above_each_function(name):
+def test_page_links_the_file_below_its_title_and_above_the_first_function(name):
     tutorial, functions = TAKE_AWAY[name]
     html = parse(f"auto_examples/{tutorial}.html")
     link = html.select_one(f"#take-{name} a[download]")
@@ -84,9 +85,11 @@ def test_page_links_the_file_above_each_function(name):
     assert file.resolve() == (SITE / "take" / f"{name}.py").resolve()
     count = len(file.resolve().read_text().splitlines())
     assert f"{name}.py ({count} lines, needs torch" in html.text
-    for function in functions:
-        cell = next(p for p in html.select("pre") if f"def {function}(" in p.text)
-        assert link["href"] in str(cell.find_previous("p", class_="take-away"))
+    assert html.select_one(f'.byline a[download]:-soup-contains("{name}.py")')
+    holds_one = re.compile(rf"^def ({'|'.join(functions)})\(", re.MULTILINE).search
+    cell = next(cell for cell in html.select("pre") if holds_one(cell.text))
+    assert cell.find_previous("p", class_="take-away")["id"] == f"take-{name}"
+    assert all(f"def {function}(" in html.text for function in functions)
 
 
 SOURCE = '''

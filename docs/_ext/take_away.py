@@ -12,7 +12,7 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 from pages import EXAMPLES, GALLERY
 from sphinx.errors import ConfigError
-from tutorial import details, packages
+from tutorial import details, is_byline, packages
 
 FOLDER = "take"
 CODE = '<code class="docutils literal">'
@@ -149,21 +149,22 @@ def link(name, docname):
 
 
 def offer(app, document):
-    """Link each file above the cells that define its functions."""
+    """Link each file below the title, and above the first cell that it holds."""
     docname = app.env.docname
     for name, file in FILES.items():
         if docname != GALLERY + file["tutorial"]:
             continue
+        (byline,) = (p for p in document.findall(nodes.paragraph) if is_byline(p))
+        uri = f"{'../' * docname.count('/')}{FOLDER}/{name}.py"
+        html = f'<a href="{uri}" download>{name}.py</a> '
+        byline.insert(-1, nodes.raw("", html, format="html"))
         pattern = rf"^(def|class) ({'|'.join(file['functions'])})\b"
-        anchor = f' id="take-{name}"'
-        for block in list(document.findall(nodes.literal_block)):
-            if re.search(pattern, block.astext(), re.MULTILINE):
-                cell = block.parent if isinstance(block.parent, details) else block
-                html = f"In one file, with what it needs: {link(name, docname)}."
-                html = f'<p class="take-away"{anchor}>{html}</p>'
-                place = cell.parent.index(cell)
-                cell.parent.insert(place, nodes.raw("", html, format="html"))
-                anchor = ""
+        blocks = document.findall(nodes.literal_block)
+        block = next(b for b in blocks if re.search(pattern, b.astext(), re.MULTILINE))
+        cell = block.parent if isinstance(block.parent, details) else block
+        html = f"In one file, with what it needs: {link(name, docname)}."
+        html = f'<p class="take-away" id="take-{name}">{html}</p>'
+        cell.parent.insert(cell.parent.index(cell), nodes.raw("", html, format="html"))
 
 
 class TakeAway(Directive):

@@ -99,6 +99,10 @@ def place_figures(document, script, docname):
     first.parent.insert(first.parent.index(first) + 1, lead)
 
 
+def is_byline(paragraph):
+    return "byline" in paragraph["classes"]
+
+
 def introduce(document, script):
     """Say below the title what the page needs; offer the script and the notebook."""
     byline = nodes.paragraph("", "", classes=["byline"])
@@ -133,8 +137,8 @@ def offer_colab(app, document, docname):
     """Add the link when the page is written: where notebooks are is known then."""
     context = app.config.html_context
     repository, branch = context["repository"], context["notebook_branch"]
-    for byline in document.findall(nodes.paragraph):
-        if "byline" in byline["classes"] and repository and branch:
+    for byline in filter(is_byline, document.findall(nodes.paragraph)):
+        if repository and branch:
             notebook = f"{branch}/{docname.removeprefix(GALLERY)}.ipynb"
             uri = (
                 f"https://colab.research.google.com/github/{repository}/blob/{notebook}"

@@ -3,9 +3,9 @@ Residual networks and batch norm
 ================================
 
 After this page you can compute the Jacobian of a residual network with ``torch.func``
-and with BackPACK, and you know the change that mends each error on the way. You also
-know what batch norm in training mode does to a Jacobian, and how to see whether the
-samples of a batch mix in your own model.
+and with BackPACK. You know what batch norm in training mode does to it, how to see
+whether the samples of a batch mix in your own model, and the change that mends each
+error on the way.
 """
 
 # fold: Imports
@@ -24,6 +24,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.testing import assert_close
 
 torch.set_default_dtype(torch.float64)
+threads = torch.get_num_threads()
 torch.set_num_threads(1)  # more threads only disturb a network this small
 _ = torch.manual_seed(0)
 
@@ -133,6 +134,131 @@ print("X is the same after a call with X:", X.equal(kept))
 X = kept
 
 # %%
+# Below, ``error_text`` returns the text of the error, or the warning, of a call.
+
+# fold: The text of an error
+
+
+def error_text(function, *args):
+    """Return the error, or the warning, of a call that has to fail."""
+    try:
+        with warnings.catch_warnings(action="error"):
+            function(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0].split('. ')[0]}"
+    raise AssertionError("this call raises no error any more: correct this page")
+
+
+# %%
+# Batch norm in training mode
+# ---------------------------
+# In training mode, batch norm divides by the standard deviation of the batch, so each
+# output depends on each sample. The Jacobian exists: ``J[n, c]`` is the derivative of
+# ``fs[n, c]`` for this batch, and another batch gives sample ``n`` another one. Methods
+# for one sample at a time raise. ``jacrev`` over the batch is right, if it has clones
+# of the buffers, because a forward pass in training mode moves the running statistics.
+
+training = copy.deepcopy(model).train()
+params = {name: p.detach() for name, p in training.named_parameters()}
+
+
+def of_the_batch(params):
+    buffers = {name: b.clone() for name, b in training.named_buffers()}
+    return functional_call(training, (params, buffers), X)
+
+
+without_clones = jacrev(lambda params: functional_call(training, params, X))
+print("vmap_jacrev,", error_text(vmap_jacrev, training, X))
+print("jacrev without clones,", error_text(without_clones, params))
+
+mixed = jacrev(of_the_batch)(params)
+assert_close(mixed, autograd_loop(copy.deepcopy(training), X))
+print("jacrev over the batch agrees with the loop.")
+
+# %%
+# ``autograd.grad`` with ``is_grads_batched=True`` is right in training mode, too, but
+# the forward pass before it moves the running statistics of your model. Pass clones of
+# the buffers there as well.
+
+
+def from_grads_batched(fs):
+    E = torch.eye(fs.numel()).to(fs).unflatten(1, fs.shape)
+    rows = autograd.grad(fs, list(training.parameters()), E, is_grads_batched=True)
+    return {name: row.unflatten(0, fs.shape) for name, row in zip(params, rows)}
+
+
+before = {name: b.clone() for name, b in training.named_buffers()}
+clones = {name: b.clone() for name, b in training.named_buffers()}
+for title, forward in {
+    "functional_call with clones": lambda: functional_call(training, clones, X),
+    "model(X)": lambda: training(X),
+}.items():
+    assert_close(from_grads_batched(forward()), mixed)
+    moved = sum(not b.equal(before[name]) for name, b in training.named_buffers())
+    print(f"{title} agrees, and has moved {moved} of {len(before)} buffers.")
+
+# %%
+# Batch norm without running statistics goes through ``vmap``, and the result is wrong
+# without an error: each image is normalized by its own pixels.
+
+alone = copy.deepcopy(training)
+for module in alone.modules():
+    if isinstance(module, nn.BatchNorm2d):
+        module.running_mean = module.running_var = module.num_batches_tracked = None
+found = vmap_jacrev(alone, X)
+good = [name for name in mixed if torch.allclose(found[name], mixed[name])]
+print(f"vmap_jacrev is right for {len(good)} of {len(mixed)} parameters: {good}")
+assert len(good) < len(mixed), "it is right now: correct this page"
+
+# %%
+# Test for samples that mix
+# -------------------------
+# Row ``n``, column ``m`` shows the norm of the derivative of ``fs[n]`` by the image
+# ``X[m]``. Where samples stand alone, all but the diagonal is exactly zero, marked by
+# ``0`` on gray. Run this on a model of yours before you take a method for one sample at
+# a time. Zeros at one ``X`` are evidence, and no proof.
+
+
+def sample_influence(model, X):
+    """Return ``[N, N]``: the norm of the derivative of ``fs[n]`` by ``X[m]``."""
+
+    def f(X):  # a model may write to parameters and buffers
+        tensors = *model.named_parameters(), *model.named_buffers()
+        copies = {name: tensor.detach().clone() for name, tensor in tensors}
+        return functional_call(model, copies, X.clone())
+
+    J = autograd.functional.jacobian(f, X)  # [N, C, N, *X.shape[1:]]
+    return J.flatten(3).norm(dim=(1, 3))
+
+
+maps = {"eval mode": sample_influence(model, X)}
+maps["training mode"] = sample_influence(training, X)
+off = ~torch.eye(N, dtype=torch.bool)
+counts = {mode: (values[off] != 0).sum().item() for mode, values in maps.items()}
+for mode, count in counts.items():
+    print(f"{mode}: {count} of {N * (N - 1)} pairs of samples mix.")
+assert_close(maps["eval mode"] == 0, off)
+
+# %%
+# The picture of both modes.
+
+# fold: How it is drawn
+fig, axes = plt.subplots(1, 2, figsize=(5, 3.2), sharey=True, layout="constrained")
+title = "{} pairs of samples mix in eval mode,\n{} in training mode"
+fig.suptitle(title.format(*counts.values()))
+colors = plt.get_cmap("cividis").with_extremes(bad="0.85")
+limit = max(values.max().item() for values in maps.values())
+for ax, (mode, values) in zip(axes, maps.items()):
+    nonzero = values.where(values != 0, torch.nan).numpy()
+    image = ax.imshow(nonzero, cmap=colors, vmin=0, vmax=limit)
+    for n, m in (values == 0).nonzero().tolist():
+        ax.text(m, n, "0", ha="center", va="center")
+    ax.set(title=mode, xlabel="input of sample m", xticks=range(N), yticks=range(N))
+axes[0].set_ylabel("output of sample n")
+fig.colorbar(image, ax=axes, label="norm of the derivative")
+plt.show()
+
+# %%
 # BackPACK with a residual network
 # --------------------------------
 # BackPACK works layer by layer: ``BatchGrad`` takes one pass per output and needs a
@@ -225,22 +351,6 @@ def extended_copy(model, X):
 for method in batch_grad, sqrt_ggn:
     assert_close(method(extended_copy(model, X), X), jacobian)
     print(f"{method.__name__} of extended_copy(model, X) agrees with vmap_jacrev.")
-
-# %%
-# Below, ``error_text`` returns the text of the error, or the warning, of a call.
-
-# fold: The text of an error
-
-
-def error_text(function, *args):
-    """Return the error, or the warning, of a call that has to fail."""
-    try:
-        with warnings.catch_warnings(action="error"):
-            function(*args)
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0].split('. ')[0]}"
-    raise AssertionError("this call raises no error any more: correct this page")
-
 
 # %%
 # Errors of a model that is extended by hand
@@ -359,132 +469,33 @@ assert_close(vmap_jacrev(grouped, x), autograd_loop(grouped, x))
 print("vmap_jacrev with GroupNorm agrees with the loop.")
 
 # %%
-# Batch norm in training mode
-# ---------------------------
-# In training mode, batch norm divides by the standard deviation of the batch, so each
-# output depends on each sample. The Jacobian exists: ``J[n, c]`` is the derivative of
-# ``fs[n, c]`` for this batch, and another batch gives sample ``n`` another one. Methods
-# for one sample at a time raise. ``jacrev`` over the batch is right, if it has clones
-# of the buffers, because a forward pass in training mode moves the running statistics.
-
-training = copy.deepcopy(model).train()
-params = {name: p.detach() for name, p in training.named_parameters()}
-
-
-def of_the_batch(params):
-    buffers = {name: b.clone() for name, b in training.named_buffers()}
-    return functional_call(training, (params, buffers), X)
-
+# BackPACK and batch norm in training mode
+# ----------------------------------------
+# ``SqrtGGNExact`` raises. ``BatchGrad`` only warns, and its result is wrong: what it
+# stores for sample ``n`` is the part of the derivative of ``fs[:, c].sum()`` that flows
+# through sample ``n``. Summed over the samples it is right, a single entry only where
+# no batch norm follows.
 
 extended = extend(copy.deepcopy(training), use_converter=True)
 _ = extended.set_submodule("avgpool", extend(nn.AvgPool2d(4)))
-without_clones = jacrev(lambda params: functional_call(training, params, X))
-print("vmap_jacrev,", error_text(vmap_jacrev, training, X))
 print("sqrt_ggn,", error_text(sqrt_ggn, extended, X))
 print("batch_grad,", error_text(batch_grad, extended, X))
-print("jacrev without clones,", error_text(without_clones, params))
-
-mixed = jacrev(of_the_batch)(params)
-assert_close(mixed, autograd_loop(copy.deepcopy(training), X))
-print("jacrev over the batch agrees with the loop.")
-
-# %%
-# ``autograd.grad`` with ``is_grads_batched=True`` is right in training mode, too, but
-# the forward pass before it moves the running statistics of your model. Pass clones of
-# the buffers there as well.
-
-
-def from_grads_batched(fs):
-    E = torch.eye(fs.numel()).to(fs).unflatten(1, fs.shape)
-    rows = autograd.grad(fs, list(training.parameters()), E, is_grads_batched=True)
-    return {name: row.unflatten(0, fs.shape) for name, row in zip(params, rows)}
-
-
-before = {name: b.clone() for name, b in training.named_buffers()}
-clones = {name: b.clone() for name, b in training.named_buffers()}
-for title, forward in {
-    "functional_call with clones": lambda: functional_call(training, clones, X),
-    "model(X)": lambda: training(X),
-}.items():
-    assert_close(from_grads_batched(forward()), mixed)
-    moved = sum(not b.equal(before[name]) for name, b in training.named_buffers())
-    print(f"{title} agrees, and has moved {moved} of {len(before)} buffers.")
-
-# %%
-# Two results are wrong without an error. Batch norm without running statistics goes
-# through ``vmap``, which normalizes each image by its own pixels. ``BatchGrad`` only
-# warns: what it stores for sample ``n`` is the part of the derivative of
-# ``fs[:, c].sum()`` that flows through sample ``n``. Summed over the samples it is
-# right, a single entry only where no batch norm follows.
-
-alone = copy.deepcopy(training)
-for module in alone.modules():
-    if isinstance(module, nn.BatchNorm2d):
-        module.running_mean = module.running_var = module.num_batches_tracked = None
 with warnings.catch_warnings(action="ignore"):
     shares = batch_grad(extended, X)
-for title, J in {"vmap_jacrev": vmap_jacrev(alone, X), "batch_grad": shares}.items():
-    good = [name for name in mixed if torch.allclose(J[name], mixed[name])]
-    print(f"{title} is right for {len(good)} of {len(mixed)} parameters: {good}")
-    assert len(good) < len(mixed), "it is right now: correct this page"
+good = [name for name in mixed if torch.allclose(shares[name], mixed[name])]
+print(f"batch_grad is right for {len(good)} of {len(mixed)} parameters: {good}")
+assert len(good) < len(mixed), "it is right now: correct this page"
 assert_close(*({name: b.sum(0) for name, b in J.items()} for J in (shares, mixed)))
 print("Summed over the samples, batch_grad agrees with jacrev.")
-
-# %%
-# Test for samples that mix
-# -------------------------
-# Row ``n``, column ``m`` shows the norm of the derivative of ``fs[n]`` by the image
-# ``X[m]``. Where samples stand alone, all but the diagonal is exactly zero, marked by
-# ``0`` on gray. Run this on a model of yours before you take a method for one sample at
-# a time. Zeros at one ``X`` are evidence, and no proof.
-
-
-def sample_influence(model, X):
-    """Return ``[N, N]``: the norm of the derivative of ``fs[n]`` by ``X[m]``."""
-
-    def f(X):  # a model may write to parameters and buffers
-        tensors = *model.named_parameters(), *model.named_buffers()
-        copies = {name: tensor.detach().clone() for name, tensor in tensors}
-        return functional_call(model, copies, X.clone())
-
-    J = autograd.functional.jacobian(f, X)  # [N, C, N, *X.shape[1:]]
-    return J.flatten(3).norm(dim=(1, 3))
-
-
-maps = {"eval mode": sample_influence(model, X)}
-maps["training mode"] = sample_influence(training, X)
-off = ~torch.eye(N, dtype=torch.bool)
-counts = {mode: (values[off] != 0).sum().item() for mode, values in maps.items()}
-for mode, count in counts.items():
-    print(f"{mode}: {count} of {N * (N - 1)} pairs of samples mix.")
-assert_close(maps["eval mode"] == 0, off)
-
-# %%
-# The picture of both modes.
-
-# fold: How it is drawn
-fig, axes = plt.subplots(1, 2, figsize=(5, 3.2), sharey=True, layout="constrained")
-title = "{} pairs of samples mix in eval mode,\n{} in training mode"
-fig.suptitle(title.format(*counts.values()))
-colors = plt.get_cmap("cividis").with_extremes(bad="0.85")
-limit = max(values.max().item() for values in maps.values())
-for ax, (mode, values) in zip(axes, maps.items()):
-    nonzero = values.where(values != 0, torch.nan).numpy()
-    image = ax.imshow(nonzero, cmap=colors, vmin=0, vmax=limit)
-    for n, m in (values == 0).nonzero().tolist():
-        ax.text(m, n, "0", ha="center", va="center")
-    ax.set(title=mode, xlabel="input of sample m", xticks=range(N), yticks=range(N))
-axes[0].set_ylabel("output of sample n")
-fig.colorbar(image, ax=axes, label="norm of the derivative")
-plt.show()
+torch.set_num_threads(threads)
 
 # %%
 # What to take home
 # -----------------
 # - ``model.eval()`` and ``vmap_jacrev``: residual networks need no change.
-# - BackPACK: ``extended_copy``, or a layer for each operation and none in place.
 # - Samples that mix: ``jacrev`` or ``is_grads_batched`` over the batch, with clones of
 #   the buffers.
+# - BackPACK: ``extended_copy``, or a layer for each operation and none in place.
 #
 # Next: ``trust/sequence_models.py`` does the same for recurrent networks and attention.
 # The alternative: ``scale/universal_jacobian.py`` takes these models unchanged, in

@@ -284,6 +284,67 @@ torch.backends.mha.set_fastpath_enabled(True)
 print("vmap(jacrev) with plain attention agrees with the loop.")
 
 # %%
+# Dependence of outputs on tokens
+# -------------------------------
+# Row ``t``, column ``s`` shows the derivative of the outputs of token ``t`` with
+# respect to the embedding of token ``s``: its norm, averaged over the samples. Each map
+# is divided by its own maximum. What is exactly zero is gray and holds a ``0``. An LSTM
+# reads from left to right, a transformer reads everything, and one with a causal mask
+# does not look ahead.
+
+
+def token_influence(model, X, embed="embed"):
+    """Return ``[T, T]``: the norm of the derivative of output ``t`` by embedding ``s``.
+
+    ``X`` has shape ``[N, T]``, the submodule named ``embed`` returns ``[N, T, D]``, and
+    ``model(X)`` has shape ``[N, T, C]``. Samples must not mix.
+    """
+    E = model.get_submodule(embed)(X).detach().requires_grad_()
+    handle = model.get_submodule(embed).register_forward_hook(lambda *_: E)
+    try:
+        fs = model(X)
+    finally:
+        handle.remove()
+    if fs.ndim != 3 or fs.shape[:2] != X.shape:
+        raise ValueError(f"model(X) has shape {list(fs.shape)}, not {[*X.shape, 'C']}")
+    summed = fs.sum(0)  # [T, C]: each row of E belongs to one sample
+    V = torch.eye(summed.numel()).to(fs).unflatten(1, summed.shape)
+    (J,) = autograd.grad(summed, E, V, is_grads_batched=True)  # [T * C, N, T, D]
+    return J.unflatten(0, summed.shape).movedim(2, 0).norm(dim=(2, 4)).mean(0)
+
+
+models = {"LSTM": lstm, "transformer": transformer}
+models["causal transformer"] = Encoder(causal=True).eval()
+maps = {name: token_influence(model, X) for name, model in models.items()}
+ahead = torch.ones(T, T, dtype=torch.bool).triu(1)
+for name, values in maps.items():
+    zeros = torch.zeros(T, T, dtype=torch.bool) if name == "transformer" else ahead
+    assert_close(values == 0, zeros)
+    print(f"{name}: {int(zeros.sum())} of {T * T} pairs are exactly zero.")
+
+# %%
+# The three maps side by side.
+
+# fold: The picture
+fig, axes = plt.subplots(1, 3, figsize=(5, 3.4), sharey=True, layout="constrained")
+count = int((maps["LSTM"] == 0).sum())
+fig.suptitle(
+    f"Outputs by tokens:\n{count} of {T * T} pairs of an LSTM are exactly zero"
+)
+colors = plt.get_cmap("cividis").with_extremes(bad="0.85")
+for ax, (name, values) in zip(axes, maps.items()):
+    nonzero = (values / values.max()).where(values != 0, torch.nan).numpy()
+    image = ax.imshow(nonzero, cmap=colors, vmin=0, vmax=1)
+    for t, s in (values == 0).nonzero().tolist():
+        ax.text(s, t, "0", ha="center", va="center")
+    ax.set_title(name.replace(" ", "\n"), fontsize=10)
+    ax.set(xlabel="token s", xticks=range(T), yticks=range(T))
+axes[0].set_ylabel("output of token t")
+label = "norm of the derivative / maximum of each map"
+fig.colorbar(image, ax=axes, label=label, location="bottom", aspect=40)
+plt.show()
+
+# %%
 # LSTM and RNN in BackPACK
 # ------------------------
 # ``batch_grad`` takes a backward pass for each of ``K`` outputs ``[N, K]``: end the
@@ -416,67 +477,6 @@ for kind in Initial, Both:
 flat = extend_leaves(nn.Sequential(nn.Linear(D, H), nn.LayerNorm(H), nn.Linear(H, C)))
 for method in batch_grad, sqrt_ggn:
     print_error(f"LayerNorm, {method.__name__}", method, flat, torch.rand(N, D))
-
-# %%
-# Dependence of outputs on tokens
-# -------------------------------
-# Row ``t``, column ``s`` shows the derivative of the outputs of token ``t`` with
-# respect to the embedding of token ``s``: its norm, averaged over the samples. Each map
-# is divided by its own maximum. What is exactly zero is gray and holds a ``0``. An LSTM
-# reads from left to right, a transformer reads everything, and one with a causal mask
-# does not look ahead.
-
-
-def token_influence(model, X, embed="embed"):
-    """Return ``[T, T]``: the norm of the derivative of output ``t`` by embedding ``s``.
-
-    ``X`` has shape ``[N, T]``, the submodule named ``embed`` returns ``[N, T, D]``, and
-    ``model(X)`` has shape ``[N, T, C]``. Samples must not mix.
-    """
-    E = model.get_submodule(embed)(X).detach().requires_grad_()
-    handle = model.get_submodule(embed).register_forward_hook(lambda *_: E)
-    try:
-        fs = model(X)
-    finally:
-        handle.remove()
-    if fs.ndim != 3 or fs.shape[:2] != X.shape:
-        raise ValueError(f"model(X) has shape {list(fs.shape)}, not {[*X.shape, 'C']}")
-    summed = fs.sum(0)  # [T, C]: each row of E belongs to one sample
-    V = torch.eye(summed.numel()).to(fs).unflatten(1, summed.shape)
-    (J,) = autograd.grad(summed, E, V, is_grads_batched=True)  # [T * C, N, T, D]
-    return J.unflatten(0, summed.shape).movedim(2, 0).norm(dim=(2, 4)).mean(0)
-
-
-models = {"LSTM": lstm, "transformer": transformer}
-models["causal transformer"] = Encoder(causal=True).eval()
-maps = {name: token_influence(model, X) for name, model in models.items()}
-ahead = torch.ones(T, T, dtype=torch.bool).triu(1)
-for name, values in maps.items():
-    zeros = torch.zeros(T, T, dtype=torch.bool) if name == "transformer" else ahead
-    assert_close(values == 0, zeros)
-    print(f"{name}: {int(zeros.sum())} of {T * T} pairs are exactly zero.")
-
-# %%
-# The three maps side by side.
-
-# fold: The picture
-fig, axes = plt.subplots(1, 3, figsize=(5, 3.4), sharey=True, layout="constrained")
-count = int((maps["LSTM"] == 0).sum())
-fig.suptitle(
-    f"Outputs by tokens:\n{count} of {T * T} pairs of an LSTM are exactly zero"
-)
-colors = plt.get_cmap("cividis").with_extremes(bad="0.85")
-for ax, (name, values) in zip(axes, maps.items()):
-    nonzero = (values / values.max()).where(values != 0, torch.nan).numpy()
-    image = ax.imshow(nonzero, cmap=colors, vmin=0, vmax=1)
-    for t, s in (values == 0).nonzero().tolist():
-        ax.text(s, t, "0", ha="center", va="center")
-    ax.set_title(name.replace(" ", "\n"), fontsize=10)
-    ax.set(xlabel="token s", xticks=range(T), yticks=range(T))
-axes[0].set_ylabel("output of token t")
-label = "norm of the derivative / maximum of each map"
-fig.colorbar(image, ax=axes, label=label, location="bottom", aspect=40)
-plt.show()
 torch.set_num_threads(threads)
 
 # %%
