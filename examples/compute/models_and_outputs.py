@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 torch.set_default_dtype(torch.float64)
+threads = torch.get_num_threads()
 torch.set_num_threads(1)  # more threads only disturb networks this small
 _ = torch.manual_seed(0)
 
@@ -564,6 +565,7 @@ for m, model in enumerate(models):
     assert_close({name: block[m] for name, block in J.items()}, blocks)
 assert J["0.bias"].shape == (M, N, C, 7)
 print(f"Each of {M} models: right, {M * N * C} rows.")
+torch.set_num_threads(threads)
 
 # %%
 # What to take home

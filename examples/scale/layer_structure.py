@@ -206,7 +206,9 @@ check_factors(model, X, factors)
 print("The factors pass.")
 
 # %%
-# Three models that are refused, and two that only the check finds:
+# Three models are refused, and two are found by the check alone.
+
+# fold: The five models
 
 
 class ReadAgain(nn.Sequential):
@@ -286,7 +288,7 @@ CALLS = {
 torch.set_default_dtype(torch.float32)
 models = {
     "MLP 64-128-128-10, N = 128": (mlp(64, 128, 128, 10), torch.rand(128, 64)),
-    "MLP 784-256-256-10, N = 16": (mlp(784, 256, 256, 10), torch.rand(16, 784)),
+    "MLP 784-256-256-10, N = 12": (mlp(784, 256, 256, 10), torch.rand(12, 784)),
 }
 
 # %%
