@@ -73,14 +73,11 @@ def test_images_have_a_text(page):
 def test_downloads_are_the_source(tutorial):
     page = f"auto_examples/{tutorial}.html"
     links = parse(page).select(".byline a[download]")
-    files = {
-        link["href"].rpartition(".")[2]: urljoin(page, link["href"]) for link in links
-    }
-    assert (SITE / files["py"]).read_bytes() == (
-        EXAMPLES / f"{tutorial}.py"
-    ).read_bytes()
+    files = {link.text: SITE / urljoin(page, link["href"]) for link in links}
+    script = EXAMPLES / f"{tutorial}.py"
+    assert files["Script"].read_bytes() == script.read_bytes()
     generated = ROOT / "docs" / "auto_examples" / f"{tutorial}.ipynb"
-    assert (SITE / files["ipynb"]).read_bytes() == generated.read_bytes()
+    assert files["Notebook"].read_bytes() == generated.read_bytes()
 
 
 def test_menu_and_next_follow_the_order_of_the_configuration():
