@@ -259,11 +259,11 @@ for case, (model, X) in cases.items():
     ties = [name for name, t in times[case].items() if t <= TIE]
     ties.sort(key=memory[case].get)
     least = min(peaks, key=peaks.get)
-    print(f"{case}, J {J_bytes / 1e6:.3g} MB: take {' or '.join(ties)},")
-    print(f"  because of {1e3 * min(seconds.values()):.3g} ms", end="")
+    print(f"{case}, J {J_bytes / 1e6:.3g} MB")
+    print(f"  take {' or '.join(ties)}: {1e3 * min(seconds.values()):.3g} ms")
     for name in sorted(set(right) - set(ties), key=times[case].get)[:1]:
-        print(f"; the next, {name}, takes x {times[case][name]:.1f}", end="")
-    print(f";\n  least memory: {least}, {memory[case][least]:.2f} J.")
+        print(f"  next, {name}: x {times[case][name]:.1f}")
+    print(f"  least memory, {least}: {memory[case][least]:.2f} J")
 
 # %%
 # ``autograd_loop`` is the definition. ``grads_batched`` sends its passes together.

@@ -288,7 +288,7 @@ names = "all of J", "kernel,\n1 rank", "kernel,\n2 ranks"
 bars = ax.barh(names, megabytes, color=["0.6", "#D55E00", "#0072B2"])
 ax.bar_label(bars, fmt="%.0f MB", padding=3)
 ax.invert_yaxis()
-ax.set(xlabel="MB in one process", xlim=(0, 1.15 * max(megabytes)))
+ax.set(xlabel="MB in one process", xlim=(0, 1.25 * max(megabytes)))
 _, one, two = megabytes
 ax.set_title(f"Kernel: {one:.0f} MB on one rank,\n{two:.0f} MB each on two")
 plt.show()
