@@ -145,6 +145,10 @@ def jacobians(model, *inputs):
         return vmap(jacrev(f), in_dims)(params, *(x.detach().clone() for x in inputs))
 
 
+# %%
+# A model with two inputs, which writes to itself:
+
+
 class Pair(nn.Linear):
     """Two inputs, and a forward pass that assigns a buffer and an attribute."""
 

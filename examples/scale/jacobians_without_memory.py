@@ -473,6 +473,9 @@ def write_jacobian(model, X, out, size):
         del chunk, block
 
 
+# %%
+# Here it writes a file for each parameter, and we read three samples.
+
 with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
     out, paths = {}, {name: Path(folder, f"{name}.npy") for name in J}
     for name, block in J.items():

@@ -95,10 +95,39 @@ print(f"delta {list(delta.shape)} of the first layer is right, too.")
 # %%
 # All factors from one pass
 # -------------------------
-# One pass takes all zeros at once, and the hook notes each layer's input ``a``. The
-# zeros see all of a parameter's effect only if its layer is the one place that reads
-# it. So we run one sample first, and refuse what does not fit: every trainable
+# The zeros see all of a parameter's effect only if its layer is the one place that
+# reads it. So we run one sample first, and refuse what does not fit: every trainable
 # parameter has its factors, or there is an error with its name.
+
+
+def run(model, x):
+    """Return ``model(x)``, with copies of all that a call may change."""
+    tensors = *model.named_parameters(), *model.named_buffers()
+    values = {name: t.detach().clone() for name, t in tensors}
+    return functional_call(model, values, x.clone(), tie_weights=False)
+
+
+def linear_calls(model, x):
+    """Return ``[(layer, zeros like its output), ...]`` in the order of the calls."""
+    layers = [m for m in model.modules() if type(m) is nn.Linear]
+    others = [m for m in model.modules() if type(m) is not nn.Linear]
+    taken = {p for m in others for p in m.parameters(recurse=False)}
+    calls = []
+
+    def record(layer, args, output):
+        calls.append((layer, torch.zeros_like(output)))
+
+    with hooked(layers, record), torch.no_grad():
+        run(model, x)
+    for name, p in model.named_parameters():
+        shapes = [zero.shape for m, zero in calls if p is m.weight or p is m.bias]
+        if p.requires_grad and (p in taken or shapes != [(1, len(p))]):
+            raise ValueError(f"{name} must belong to a Linear, called once on [N, I]")
+    return calls
+
+
+# %%
+# Then one pass takes all zeros at once, and the hook notes each layer's input ``a``.
 
 
 def outer_factors(model, X):
@@ -107,26 +136,8 @@ def outer_factors(model, X):
     The names are those of the parameters that require a gradient. Raises ``ValueError``
     if one does not belong to an ``nn.Linear`` that is called once, on ``[N, I]``.
     """
-    layers = [m for m in model.modules() if type(m) is nn.Linear]
-    others = [m for m in model.modules() if type(m) is not nn.Linear]
-    taken = {p for m in others for p in m.parameters(recurse=False)}
-    tensors = *model.named_parameters(), *model.named_buffers()
-    calls = []
-
-    def run(x):  # with copies of what a call may change; no tie matters for values
-        values = {name: t.detach().clone() for name, t in tensors}
-        return functional_call(model, values, x.clone(), tie_weights=False)
-
-    def record(layer, args, output):
-        calls.append((layer, torch.zeros_like(output)))
-
-    with hooked(layers, record), torch.no_grad():
-        run(X[:1])
-
-    for name, p in model.named_parameters():
-        shapes = [zero.shape for m, zero in calls if p is m.weight or p is m.bias]
-        if p.requires_grad and (p in taken or shapes != [(1, len(p))]):
-            raise ValueError(f"{name} must belong to a Linear, called once on [N, I]")
+    calls = linear_calls(model, X[:1])
+    layers, zeros = [layer for layer, _ in calls], [zero for _, zero in calls]
 
     def f(zeros, x):  # of one sample
         zeros, inputs = iter(zeros), []
@@ -135,13 +146,12 @@ def outer_factors(model, X):
             inputs.append(args[0][0])
             return output + next(zeros)
 
-        with hooked(layers, add):
-            return run(x[None])[0], inputs
+        with hooked(set(layers), add):
+            return run(model, x[None])[0], inputs
 
-    zeros = [zero for _, zero in calls]
     deltas, inputs = vmap(jacrev(f, has_aux=True), (None, 0))(zeros, X.detach())
     names, factors = {p: name for name, p in model.named_parameters()}, {}
-    for (layer, _), delta, a in zip(calls, deltas, inputs):
+    for layer, delta, a in zip(layers, deltas, inputs):
         for p, column in (layer.weight, a), (layer.bias, torch.ones_like(a[:, :1])):
             if p is not None and p.requires_grad:
                 factors[names[p]] = delta.flatten(2), column

@@ -348,6 +348,9 @@ def extended_copy(model, X):
     return extended
 
 
+# %%
+# Both methods take the copy.
+
 for method in batch_grad, sqrt_ggn:
     assert_close(method(extended_copy(model, X), X), jacobian)
     print(f"{method.__name__} of extended_copy(model, X) agrees with vmap_jacrev.")
