@@ -322,9 +322,10 @@ for case, (function, value) in cases.items():
 # %%
 # Some of the parameters, or the last layer
 # -----------------------------------------
-# ``functional_call`` takes the parameters that you leave out from the module. For the
-# last layer alone, no cotangent goes back through the ReLU. It needs no differentiation
-# at all: with its inputs ``phi`` from above, its Jacobian is an outer product with the
+# Pass all parameters, and differentiate by some: what you leave out,
+# ``functional_call`` takes from the module, and ``J`` keeps its graph. For the last
+# layer alone, no cotangent goes back through the ReLU. It needs no differentiation at
+# all: with its inputs ``phi`` from above, its Jacobian is an outer product with the
 # identity :math:`\delta`:
 #
 # .. math::
@@ -333,8 +334,9 @@ for case, (function, value) in cases.items():
 #    \frac{\partial f_{nc}}{\partial b_o} = \delta_{co}.
 
 last = {name: params[name] for name in ("2.weight", "2.bias")}
-J_last = vmap(jacrev(f), (None, 0))(last, X)
+J_last = vmap(jacrev(lambda last, x: f(params | last, x)), (None, 0))(last, X)
 assert_close(J_last, {name: J_loop[name] for name in last})
+assert not J_last["2.weight"].requires_grad
 eye = torch.eye(C)
 closed = {"2.weight": torch.einsum("co,ni->ncoi", eye, phi)}
 closed["2.bias"] = eye.expand(N, C, C)
@@ -351,7 +353,8 @@ print("The last layer agrees, and so does the outer product.")
 # ``[C, N, D_in]``, holds the same numbers. Parameters belong to all samples: with them,
 # this trick returns the sum of the Jacobians, and the sample axis is lost.
 
-J_X, full = vmap(jacrev(model))(X), jacobian(model, X)
+J_X = vmap(jacrev(lambda x: model(x[None])[0]))(X)
+full = jacobian(model, X)
 leaf = nn.Parameter(X)
 fs = model(leaf)
 rows = [

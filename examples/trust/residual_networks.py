@@ -308,11 +308,12 @@ def sqrt_ggn(extended, X):
 
 
 # %%
-# ``extend(model, use_converter=True)`` makes a layer of most operations: it traces the
-# forward pass and writes it again with ``SumModule``, ``nn.Flatten``, and a ReLU for
-# each call, none of them in place. Three things are left to do. It changes the model
-# that it gets, so we copy. It keeps adaptive pooling, which has no rule, so we put
-# ``AvgPool2d`` there. And it can change the function, so we compare the outputs.
+# ``extend(model, use_converter=True)`` traces the forward pass and writes it again, with
+# ``SumModule`` for ``+``, ``nn.Flatten`` for ``torch.flatten``, and an ``nn.ReLU`` for
+# each call of one, none of them in place. A function such as ``torch.relu`` stays:
+# write ``nn.ReLU()`` for ``SqrtGGNExact``. Three things are left to do. It changes the
+# model that it gets, so we copy. It keeps adaptive pooling, which has no rule, so we
+# put ``AvgPool2d`` there. And it can change the function, so we compare the outputs.
 
 
 def extended_copy(model, X):
