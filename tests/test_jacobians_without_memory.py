@@ -307,6 +307,16 @@ def test_samples_that_mix_raise_before_the_first_chunk(mixing, names):
     assert not any(block.any() for block in out.values())
 
 
+def test_samples_are_never_all_there_at_once(names):
+    conv = nn.Conv2d(2, 9, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = nn.Sequential(*conv, nn.Linear(9, C))
+    small, large = (
+        names["peak_bytes"](names["samples_apart"], model, torch.rand(n, 2, 20, 20), 2)
+        for n in (8, 32)
+    )
+    assert large < 1.5 * small  # it is X that grows
+
+
 @pytest.mark.parametrize("wrong", ["from_rows", "jacrev"])
 def test_a_wrong_chunk_raises(wrong, names):
     checked = names["checked_rows"]
@@ -338,7 +348,7 @@ def test_a_wrong_chunk_raises(wrong, names):
 BAD = {
     "is not finite": (half_frozen, torch.tensor([[1, 2, torch.nan, 4]])),
     "must be a tensor \\[N, ...\\]": (half_frozen, torch.rand(0, 4)),
-    "must be a tensor \\[N=5, C\\]": (
+    "must be a tensor \\[N=4, C\\]": (  # of two chunks
         lambda: nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)),
         torch.rand(5, 4),
     ),

@@ -300,21 +300,21 @@ for name, (model, X) in large.items():
 # ``jacobian_chunks`` yields one part of ``J`` after the other, each checked against a
 # gradient of its own samples before you get it. Where samples influence each other, as
 # in a softmax over the batch, a chunk is no part of ``J``: ``samples_apart`` finds that
-# out before the first chunk, at the cost of one gradient of each chunk. With a ``plan``
+# out before the first chunk. It compares the gradient of two chunks with those of each,
+# so all samples are never there at once. With a ``plan``
 # from above, ``size=(plan["samples"], C)`` fits; if that is 0, take one sample and
 # fewer outputs. The use is below what is closed.
 
-# fold: samples_apart and checked_rows
+# fold: errors_of_chunks, samples_apart and checked_rows
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def samples_apart(model, X, samples):
-    """Return the shape of ``fs = model(X)``; raise if chunks of samples are not J.
+def errors_of_chunks(model, X, samples):
+    """Return how far chunks of samples are from J, in roundings, and ``C``.
 
     For random ``u [N, C]`` it compares the gradient of ``u * fs`` with the sum of those
-    of chunks of so many samples, whose norms estimate that of J. Raises ``ValueError``
-    if samples influence each other, or ``fs`` is random, not finite or not ``[N, C]``.
+    of chunks of so many samples, whose norms estimate that of J.
     """
     params = trainable(model)
     leaves, X = differentiable(params, X)
@@ -334,10 +334,22 @@ def samples_apart(model, X, samples):
     with unchanged(model):
         leaves, X = differentiable(params, X)
         fs = outputs(model, leaves, X)
-        errors = errors_in_roundings(model, leaves, X, fs, u, sums)
-    if wrong := [name for name, error in errors.items() if not error <= LIMIT]:
-        raise ValueError(f"samples influence each other, or fs is random: {wrong}")
-    return fs.shape
+        return errors_in_roundings(model, leaves, X, fs, u, sums), fs.shape[1]
+
+
+def samples_apart(model, X, samples):
+    """Return ``N`` and ``C``, or raise if chunks of so many samples are not J.
+
+    Looks at two chunks at a time, and needs memory for their activations. Raises
+    ``ValueError`` if samples influence each other, or ``fs = model(X)`` is random, not
+    finite or not ``[N, C]``.
+    """
+    differentiable(trainable(model), X)  # raises if X is no tensor [N, ...]
+    for two_chunks in X.split(2 * samples):
+        errors, C = errors_of_chunks(model, two_chunks, samples)
+        if wrong := [name for name, error in errors.items() if not error <= LIMIT]:
+            raise ValueError(f"samples influence each other, or fs is random: {wrong}")
+    return len(X), C
 
 
 @torch.inference_mode(False)
@@ -465,7 +477,7 @@ def write_jacobian(model, X, out, size):
     Raises ``ValueError`` before it writes if ``out`` has other names or shapes, and as
     ``jacobian_chunks`` does.
     """
-    params, (N, C) = trainable(model), shape_of_outputs(model, X)
+    params, N, (_, C) = trainable(model), len(X), shape_of_outputs(model, X[:2])
     refuse_other_shapes("out", out, {k: [N, C, *p.shape] for k, p in params.items()})
     for n, c, chunk in jacobian_chunks(model, X, size):
         for name, block in chunk.items():

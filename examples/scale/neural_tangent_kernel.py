@@ -573,21 +573,21 @@ for title, (case, X_case, Z_case) in cases.items():
 # Kernel in tiles
 # ---------------
 # For 10 000 samples and 10 outputs, ``K`` has 10 billion numbers: trace it, and write
-# it in tiles of so many samples, with memory for two of their Jacobians. ``out`` may be
-# a ``numpy.memmap`` in ``torch.from_numpy``. A tile knows only its samples, so
-# ``samples_apart`` looks first whether others influence them.
+# it in tiles of so many samples, with memory for two of their Jacobians, which is many
+# times theirs for convolutions on large images: start with one or two samples. ``out``
+# may be a ``numpy.memmap`` in ``torch.from_numpy``. A tile knows only its samples, so
+# ``samples_apart`` looks first, at two tiles at a time, whether others influence them.
 
 # fold: How the kernel is written in tiles
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def samples_apart(model, X, samples):
-    """Return the shape of ``fs = model(X)``; raise if chunks of samples are not J.
+def errors_of_chunks(model, X, samples):
+    """Return how far chunks of samples are from J, in roundings, and ``C``.
 
     For random ``u [N, C]`` it compares the gradient of ``u * fs`` with the sum of those
-    of chunks of so many samples, whose norms estimate that of J. Raises ``ValueError``
-    if samples influence each other, or ``fs`` is random, not finite or not ``[N, C]``.
+    of chunks of so many samples, whose norms estimate that of J.
     """
     params = trainable(model)
     leaves, X = differentiable(params, X)
@@ -607,10 +607,22 @@ def samples_apart(model, X, samples):
     with unchanged(model):
         leaves, X = differentiable(params, X)
         fs = outputs(model, leaves, X)
-        errors = errors_in_roundings(model, leaves, X, fs, u, sums)
-    if wrong := [name for name, error in errors.items() if not error <= LIMIT]:
-        raise ValueError(f"samples influence each other, or fs is random: {wrong}")
-    return fs.shape
+        return errors_in_roundings(model, leaves, X, fs, u, sums), fs.shape[1]
+
+
+def samples_apart(model, X, samples):
+    """Return ``N`` and ``C``, or raise if chunks of so many samples are not J.
+
+    Looks at two chunks at a time, and needs memory for their activations. Raises
+    ``ValueError`` if samples influence each other, or ``fs = model(X)`` is random, not
+    finite or not ``[N, C]``.
+    """
+    differentiable(trainable(model), X)  # raises if X is no tensor [N, ...]
+    for two_chunks in X.split(2 * samples):
+        errors, C = errors_of_chunks(model, two_chunks, samples)
+        if wrong := [name for name, error in errors.items() if not error <= LIMIT]:
+            raise ValueError(f"samples influence each other, or fs is random: {wrong}")
+    return len(X), C
 
 
 def write_ntk(model, X, out, samples):

@@ -308,7 +308,7 @@ def sqrt_ggn(extended, X):
 
 
 # %%
-# ``extend(model, use_converter=True)`` traces the forward pass and writes it again, with
+# ``extend(model, use_converter=True)`` traces the forward pass and writes it anew, with
 # ``SumModule`` for ``+``, ``nn.Flatten`` for ``torch.flatten``, and an ``nn.ReLU`` for
 # each call of one, none of them in place. A function such as ``torch.relu`` stays:
 # write ``nn.ReLU()`` for ``SqrtGGNExact``. Three things are left to do. It changes the
