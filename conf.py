@@ -93,6 +93,7 @@ take_away = {
         "scale/neural_tangent_kernel",
         ["ntk", "write_ntk", "jacobian_factors", "squared_norms"],
     ),
+    "uncertainty": ("use/error_bars", ["error_bars", "laplace_softmax"]),
 }
 # Local inventories of the names that the tutorials use: no request at build time.
 intersphinx_mapping = {

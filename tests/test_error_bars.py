@@ -53,7 +53,8 @@ def test_bars_are_those_of_the_posterior(page, seed, frozen):
     assert_close(sd, variance.sqrt())
     target = torch.einsum("ncp,nc->p", J, Y - model(X).detach() + J @ theta)
     mean = ridge.alpha_ * torch.linalg.solve(H, target)
-    assert_close(torch.from_numpy(ridge.coef_), mean)
+    assert_close(torch.from_numpy(ridge.coef_).norm(), mean.norm())  # turned by Q
+    assert ridge.n_features_in_ == min(J[..., 0].numel(), len(theta))  # and not P
     assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
     assert all(p.grad is None for p in model.parameters())
 
@@ -140,9 +141,103 @@ def test_confidence_is_the_integral(page):
     logits = (fs[:, 0] - fs[:, 1])[:, None] + sd[:, None] * points
     exact = (logits.sigmoid() * weights).sum(1) / weights.sum()
     assert_close(
-        page["confidence"](J, fs, S, draws=40000)[:, 0], exact, rtol=0, atol=0.003
+        page["confidence"](J, fs, S.inverse(), draws=40000)[:, 0],
+        exact,
+        rtol=0,
+        atol=0.003,
     )
-    assert_close(page["confidence"](J, fs, 1e-20 * S), fs.softmax(1))
+    assert_close(page["confidence"](J, fs, 1e20 * S.inverse()), fs.softmax(1))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_softmax_is_averaged_over_the_posterior(page, frozen):
+    torch.manual_seed(10)
+    model, X, X_new = net(3, 4, 2), torch.randn(9, 3), 4 * torch.randn(6, 3)
+    model[0].weight.requires_grad_(not frozen)
+    before = copy.deepcopy(model.state_dict())
+    options = {"precision": 0.7, "draws": 40000}
+    found = page["laplace_softmax"](model, X, X_new, **options)
+    J, theta = dense_jacobian(model, X)
+    fs, y = model(X).detach(), torch.arange(9) % 2
+
+    def loss(change):
+        data = cross_entropy(fs + J @ change, y, reduction="sum")
+        return data + 0.35 * (theta + change).square().sum()
+
+    S = hessian(loss, torch.zeros_like(theta)).inverse()
+    J, _ = dense_jacobian(model, X_new)
+    fs, difference = model(X_new).detach(), J[:, 0] - J[:, 1]
+    sd = (difference @ S * difference).sum(1).sqrt()
+    assert sd.max() > 1
+    points, weights = map(torch.tensor, numpy.polynomial.hermite_e.hermegauss(60))
+    logits = (fs[:, 0] - fs[:, 1])[:, None] + sd[:, None] * points
+    exact = (logits.sigmoid() * weights).sum(1) / weights.sum()
+    assert_close(found[:, 0], exact, rtol=0, atol=0.005)
+    assert_close(found.sum(1), torch.ones(6))
+    assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_strong_prior_leaves_the_softmax(page):
+    torch.manual_seed(11)
+    model, X, X_new = net(3, 4, 5), torch.randn(9, 3), torch.randn(6, 3)
+    found = page["laplace_softmax"](model, X, X_new, precision=1e20)
+    assert_close(found, model(X_new).detach().softmax(1))
+
+
+def test_single_precision(page):
+    torch.manual_seed(12)
+    model, X, X_new = net(4, 30, 3), torch.randn(20, 4), 3 * torch.randn(7, 4)
+    Y = model(X).detach() + 0.3 * torch.randn(20, 3)
+    single = copy.deepcopy(model).float()
+    x, x_new = X.float(), X_new.float()
+    sd, _ = page["error_bars"](model, X, Y, X_new)
+    small, _ = page["error_bars"](single, x, Y.float(), x_new)
+    assert_close(small, sd.float(), rtol=1e-4, atol=0)
+    p = page["laplace_softmax"](model, X, X_new, 0.1)
+    small = page["laplace_softmax"](single, x, x_new, 0.1)
+    assert_close(small, p.float(), rtol=1e-4, atol=1e-5)
+
+
+class Returns(nn.Linear):
+    """A linear layer of which ``change`` makes something else than ``[N, C]``."""
+
+    def __init__(self, change):
+        super().__init__(4, 3, dtype=torch.float64)
+        self.change = change
+
+    def forward(self, X):
+        return self.change(super().forward(X))
+
+
+X, X_NEW, Y = torch.ones(9, 4).double(), torch.ones(2, 4).double(), torch.ones(9, 3)
+BOTH = ["error_bars", "laplace_softmax"]
+BAD = [
+    (BOTH, {"X_new": X_NEW[0]}, r"X has shape \[9, 4\], X_new \[4\]: both must"),
+    (BOTH, {"X_new": X_NEW[:, :3]}, r"X has shape \[9, 4\], X_new \[2, 3\]"),
+    (BOTH, {"X_new": X_NEW[:0]}, r"X_new \[0, 4\]: both must hold samples"),
+    (BOTH, {"X": X[:0]}, r"X has shape \[0, 4\]"),
+    (BOTH, {"model": Returns(lambda fs: fs[:, 0])}, r"\[N=9, C\], but is \[9\]"),
+    (BOTH, {"model": Returns(lambda fs: fs[:1])}, r"\[N=9, C\], but is \[1, 3\]"),
+    (BOTH, {"model": Returns(lambda fs: (fs,))}, r"\[N=9, C\], but is tuple"),
+    (BOTH, {"model": net(4, 3).requires_grad_(False)}, "no parameter of the model"),
+    (BOTH[:1], {"Y": Y[:, :1]}, r"Y has shape \[9, 1\], model\(X\) \[9, 3\]"),
+    (BOTH[:1], {"Y": Y[:8]}, r"Y has shape \[8, 3\], model\(X\) \[9, 3\]"),
+    (BOTH[1:], {"model": net(4, 1)}, r"model\(X\) has shape \[9, 1\]: a softmax"),
+    (BOTH[1:], {"precision": 0}, "precision=0 and draws=500 must be positive"),
+    (BOTH[1:], {"precision": float("nan")}, "precision=nan and draws=500 must be"),
+    (BOTH[1:], {"draws": 0}, "precision=0.1 and draws=0 must be positive"),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "bad", "text"), [(f, *case) for fs, *case in BAD for f in fs]
+)
+def test_bad_arguments_are_named(page, function, bad, text):
+    good = {"model": net(4, 3), "X": X, "X_new": X_NEW}
+    good |= {"Y": Y} if function == "error_bars" else {"precision": 0.1}
+    with pytest.raises(ValueError, match=text):
+        page[function](**(good | bad))
 
 
 @pytest.mark.parametrize("N, D, C", [(7, 3, 5), (4, 6, 2)])

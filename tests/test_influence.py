@@ -132,6 +132,25 @@ def test_kernel_gives_the_same_step(names, taught):
     assert_close(steps[n], weights @ rows.flatten(0, 1) / 0.9)
 
 
+def test_rows_from_disk_sum_to_the_same_matrix(names, taught, tmp_path):
+    model, X, y = make(seed=14)
+    _, L = names["derivatives"](model(X), y)
+    J = names["vmap_jacrev"](model, X)
+    files = {
+        name: torch.from_numpy(
+            np.memmap(tmp_path / name, "float64", "w+", shape=tuple(block.shape))
+        )
+        for name, block in J.items()
+    }
+    memory = taught("scale/jacobians_without_memory")
+    memory["write_jacobian"](model, X, files, size=(4, 2))
+    G = 1.5 * torch.eye(sum(p.numel() for p in model.parameters())).double()
+    for n in range(0, len(X), 4):
+        rows = names["flat"]({name: file[n : n + 4] for name, file in files.items()})
+        G += names["gauss_newton"](rows, L[n : n + 4], decay=0)
+    assert_close(G, names["gauss_newton"](names["flat"](J), L, decay=1.5))
+
+
 def test_page_shows_what_it_claims(names):
     each = [names["correlation"](g["influence"], c) for g, c in names["studies"]]
     assert min(each) > 0.9

@@ -173,5 +173,5 @@ def test_choice_looks_at_no_test_digit(names):
     page = names.results  # what the run of the page made
     assert page["accuracy"].__globals__["labels"] is page["labels"]
     page["labels"][1200:] = -1
-    best = page["chosen"](page["sigmas"][3], (0.25, 0.5, 1), (1, 2, 4))
+    best = page["chosen"](page["sigmas"][3], *page["grid"])
     assert best == (page["bound"], page["lr"])

@@ -55,6 +55,23 @@ def test_plan_writes_nothing_to_stderr():
     assert [result.returncode, result.stdout, result.stderr] == [0, "", ""]
 
 
+def test_error_bars_run_as_a_reader_imports_them():
+    code = """
+        import sys, torch
+        sys.path.insert(0, "take")
+        from uncertainty import error_bars, laplace_softmax
+        model, X, X_new = torch.nn.Linear(4, 3), torch.rand(9, 4), torch.rand(5, 4)
+        sd, fit = error_bars(model, X, torch.rand(9, 3), X_new)
+        p = laplace_softmax(model, X, X_new, precision=1.0)
+        assert sd.shape == p.shape == (5, 3) and sd.dtype == p.dtype == torch.float32
+        assert (sd > fit.alpha_ ** -0.5).all()
+        torch.testing.assert_close(p.sum(1), torch.ones(5))
+    """
+    command = [sys.executable, "-B", "-W", "error", "-c", textwrap.dedent(code)]
+    result = subprocess.run(command, cwd=SITE, capture_output=True, text=True)
+    assert [result.returncode, result.stdout, result.stderr] == [0, "", ""]
+
+
 @files
 def test_linters_find_nothing(name):
     file = SITE / "take" / f"{name}.py"

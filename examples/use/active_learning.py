@@ -7,6 +7,7 @@ your network most, and you know how much better than chance that is, and when it
 """
 
 # fold: Imports
+from functools import cache
 from itertools import combinations
 
 import matplotlib.pyplot as plt
@@ -20,15 +21,16 @@ from torch.testing import assert_close
 # Information of one label
 # ------------------------
 #
-# What the label of sample ``n`` can tell about the ``P`` parameters is its Fisher
-# matrix, of shape ``[P, P]``. It needs no label: for softmax outputs it is
+# The Fisher matrix of sample ``n``, of shape ``[P, P]``, says what its label can tell
+# about the ``P`` parameters, and needs no label. For softmax outputs it is
 # :math:`J_n^\top (\mathrm{diag}(p_n) - p_n p_n^\top) J_n`, with the Jacobian
 # :math:`J_n`, of shape ``[C, P]``, of the ``C`` logits, and their probabilities
-# :math:`p_n`. We keep it as ``C`` rows, and use the parameters of the last layer alone:
-# its Jacobian takes the hidden units for inputs.
+# :math:`p_n`. We keep ``C`` rows :math:`F_n`, so that it is :math:`F_n^\top F_n`. The
+# parameters are those of the last layer alone, whose inputs are the hidden units.
 
 # fold: Data, training and the Jacobian
 torch.set_default_dtype(torch.float64)
+threads = torch.get_num_threads()
 torch.set_num_threads(1)  # more threads only disturb networks this small
 digits = load_digits()
 images, labels = torch.tensor(digits.data) / 16, torch.tensor(digits.target)
@@ -62,6 +64,8 @@ def vmap_jacrev(model, X):
 
 
 # %%
+# The larger the trace of the matrix, the more a label can tell. It is small where the
+# network has learned the label already.
 
 
 def fisher_rows(model, X):
@@ -84,15 +88,17 @@ print(
 # The last layer is linear in its parameters, so its Fisher matrix is the second
 # derivative of the loss, whatever the label.
 
-hidden, (N, C, P) = model[:-1](images[7:8]).detach(), rows.shape
-weight, bias = model[-1].weight.detach(), model[-1].bias.detach()
-second = torch.autograd.functional.hessian(
-    lambda flat: nn.functional.cross_entropy(
-        hidden @ flat[: weight.numel()].view_as(weight).T + flat[weight.numel() :],
-        labels[8:9],
-    ),
-    torch.cat([weight.flatten(), bias]),
-)
+(N, C, P), last = rows.shape, [p.detach().flatten() for p in model[-1].parameters()]
+hidden, other_label = model[:-1](images[7:8]).detach(), labels[8:9]
+
+
+def loss_of_image(params):  # of image 7, with another label
+    weight, bias = params.split([P - C, C])
+    logits = hidden @ weight.view(C, -1).T + bias
+    return nn.functional.cross_entropy(logits, other_label)
+
+
+second = torch.autograd.functional.hessian(loss_of_image, torch.cat(last))
 assert_close(rows[7].T @ rows[7], second)
 print(f"The Fisher matrix, {P} by {P}, is the second derivative of the loss.")
 
@@ -172,24 +178,31 @@ def smallest_margins(model, X, known):
 
 
 def most_information(model, X, known):
-    return most_informative(fisher_rows(model[-1], model[:-1](X).detach()), known, 10)[
-        0
-    ]
+    rows = fisher_rows(model[-1], model[:-1](X).detach())
+    return most_informative(rows, known, 10)[0]
+
+
+@cache
+def first_labels(seed):
+    """Return pool, test, indices of 20 labels, a network, and the random state."""
+    torch.manual_seed(seed)
+    pool, test = torch.randperm(len(images)).split([400, len(images) - 400])
+    X, y = images[pool], labels[pool]
+    known = [n for c in range(10) for n in (y == c).nonzero()[:2, 0].tolist()]
+    model = trained_classifier(X[known], y[known])
+    return X, y, images[test], labels[test], known, model, torch.get_rng_state()
 
 
 def campaign(strategy, seed):
     """Return the test accuracies with 20, 30, 40, 50, 60 labels."""
-    torch.manual_seed(seed)
-    pool, test = torch.randperm(len(images)).split([400, len(images) - 400])
-    X, y, accuracies = images[pool], labels[pool], []
-    known = [n for c in range(10) for n in (y == c).nonzero()[:2, 0].tolist()]
-    while True:
-        model = trained_classifier(X[known], y[known])
-        right = model(images[test]).argmax(1) == labels[test]
-        accuracies.append(right.double().mean())
-        if len(known) == 60:
-            return accuracies
+    X, y, X_test, y_test, known, model, state = first_labels(seed)
+    torch.set_rng_state(state)  # all strategies go on from the same
+    right = [model(X_test).argmax(1) == y_test]
+    while len(known) < 60:
         known = known + strategy(model, X, known)
+        model = trained_classifier(X[known], y[known])
+        right.append(model(X_test).argmax(1) == y_test)
+    return [r.double().mean() for r in right]
 
 
 # %%
@@ -244,6 +257,7 @@ greedy, _ = most_informative(rows[100:112], [], 3)
 assert [n + 100 for n in greedy] == brute
 best = max(information(trio) for trio in combinations(few, 3))
 print(f"Greedy {brute} as by brute force, {information(brute) / best:.1%} of the best.")
+torch.set_num_threads(threads)
 
 # %%
 # Cost
@@ -253,9 +267,9 @@ print(f"Greedy {brute} as by brute force, {information(brute) / best:.1%} of the
 #   ``N * C ** 2 * P`` operations. The first inverse takes ``P ** 3``, which is why the
 #   last layer alone serves well.
 # - With all parameters, keep the inner products of rows instead, ``[N * C, N * C]``:
-#   ``ntk``, in a file that ``scale/neural_tangent_kernel.py`` offers, returns those of
-#   the Jacobian for most layers without it. ``batched_jacobian``, in a file that
-#   ``scale/universal_jacobian.py`` offers, goes in the place of ``vmap_jacrev``.
+#   ``ntk`` from ``ntk.py`` returns those of the Jacobian, for most layers without it.
+#   ``batched_jacobian`` from ``batched_jacobian.py`` goes in the place of
+#   ``vmap_jacrev``.
 # - For thousands of classes, take the rows of the few most probable ones.
 #
 # When not to use it

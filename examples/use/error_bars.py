@@ -3,9 +3,9 @@ Error bars for a network
 ========================
 
 After this page you can put error bars on the predictions of a network that is already
-trained: intervals for regression, and less blind confidence for classification. You
-need its Jacobian and one fit of a linear model. The method is called the linearized
-Laplace approximation.
+trained: intervals for regression, and probabilities for classification that are less
+sure far from the data. You need its Jacobian and one fit of a linear model. The method
+is called the linearized Laplace approximation.
 """
 
 # fold: Imports
@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 torch.set_default_dtype(torch.float64)
+threads = torch.get_num_threads()
 torch.set_num_threads(1)  # small models gain nothing from more
 _ = torch.manual_seed(0)
 
@@ -29,12 +30,13 @@ _ = torch.manual_seed(0)
 # Intervals from one linear fit
 # -----------------------------
 # ``J`` of shape ``[N, C, P]`` holds the derivatives of ``C`` outputs by ``P``
-# parameters ``theta``. With it, the network is close to a linear model in ``theta``. A
-# Bayesian linear model has error bars, and scikit-learn's ``BayesianRidge`` fits one:
-# the rows are those of ``J``, the targets ``Y - fs + J @ theta``. A bar has two parts,
-# the noise of the data and the doubt about the parameters.
+# parameters ``theta``. For parameters ``t`` close to these, the outputs are nearly
+# ``fs + J @ (t - theta)``, which is a linear model in ``t``. A Bayesian linear model
+# has error bars, and scikit-learn's ``BayesianRidge`` fits one: the rows are those of
+# ``J``, the targets ``Y - fs + J @ theta``. A bar has two parts, the noise of the data
+# and the doubt about the parameters.
 
-# fold: The Jacobian of each parameter
+# fold: Outputs, Jacobian and parameters, with checks
 
 
 def vmap_jacrev(model, X):
@@ -47,35 +49,55 @@ def vmap_jacrev(model, X):
     return vmap(jacrev(f), (None, 0))(params, X)
 
 
-# %%
-# All rows of ``J``, with the outputs and the parameters that they belong to:
-
-
 def linearized(model, X):
     """Return ``fs [N, C]``, ``J [N, C, P]`` and ``theta [P]``, without a graph."""
-    fs, jacobian = model(X).detach(), vmap_jacrev(model, X)
     theta = [p.detach().flatten() for p in model.parameters() if p.requires_grad]
-    return fs, torch.cat([J.flatten(2) for J in jacobian.values()], 2), torch.cat(theta)
+    if not theta:
+        raise ValueError("no parameter of the model requires a gradient")
+    fs = model(X)
+    if not isinstance(fs, torch.Tensor) or fs.ndim != 2 or len(fs) != len(X):
+        got = list(fs.shape) if isinstance(fs, torch.Tensor) else type(fs).__name__
+        raise ValueError(f"model(X) must be a tensor [N={len(X)}, C], but is {got}")
+    J = torch.cat([J.flatten(2) for J in vmap_jacrev(model, X).values()], 2)
+    return fs.detach(), J, torch.cat(theta)
+
+
+def refuse_other_samples(X, X_new):
+    """Raise ``ValueError`` unless both hold samples, and of the same shape."""
+    if 0 in (len(X), len(X_new)) or X.shape[1:] != X_new.shape[1:]:
+        got = f"X has shape {list(X.shape)}, X_new {list(X_new.shape)}"
+        raise ValueError(f"{got}: both must hold samples of the same shape")
 
 
 # %%
-# The function asks for nothing but a trained model and its data.
+# The function asks for nothing but a trained model and its data. Of ``P`` directions in
+# parameter space, the rows of ``J`` span at most ``N * C``: the columns of ``Q``. The
+# fit is done in these. In all others, the doubt stays that of the prior. To import this
+# function, or ``laplace_softmax`` from below, download ``uncertainty.py``.
 
 
 def error_bars(model, X, Y, X_new):
-    """Return the standard deviation ``[N_new, C]`` of new targets, and the linear fit.
+    """Return the standard deviation ``[N_new, C]`` of targets at ``X_new``, and a fit.
 
-    The model maps ``X`` to ``[N, C]``, the shape of ``Y``, and is trained on them.
+    The model is trained on ``X [N, ...]`` and ``Y [N, C]`` with the square loss, and is
+    in eval mode. The deviations have the unit of ``Y``. The fit has ``1 / alpha_``, the
+    variance of the noise, and ``1 / lambda_``, that of the prior. Raises ``ValueError``
+    if a shape does not fit, and what ``vmap`` raises.
     """
+    refuse_other_samples(X, X_new)
     fs, J, theta = linearized(model, X)
     if Y.shape != fs.shape:
         raise ValueError(f"Y has shape {list(Y.shape)}, model(X) {list(fs.shape)}")
-    rows, target = J.flatten(0, 1), (Y - fs + J @ theta).flatten()
+    Q, R = torch.linalg.qr(J.flatten(0, 1).T)  # the rows of J are R.T @ Q.T
+    target = (Y - fs + J @ theta).flatten()
     ridge = BayesianRidge(fit_intercept=False, max_iter=1000)
-    ridge.fit(rows.numpy(force=True), target.numpy(force=True))
+    ridge.fit(R.T.numpy(force=True), target.numpy(force=True))
     fs, J, _ = linearized(model, X_new)
-    _, sd = ridge.predict(J.flatten(0, 1).numpy(force=True), return_std=True)
-    return torch.from_numpy(sd).to(fs).view_as(fs), ridge
+    rows = J.flatten(0, 1)
+    seen = rows @ Q
+    _, sd = ridge.predict(seen.numpy(force=True), return_std=True)
+    unseen = (rows - seen @ Q.T).square().sum(1) / ridge.lambda_
+    return (torch.from_numpy(sd).to(fs) ** 2 + unseen).sqrt().view_as(fs), ridge
 
 
 # %%
@@ -203,7 +225,10 @@ print(f"{list(H.shape)} and a Gaussian process of {len(J)} rows give the same ba
 # Confidence of a classifier
 # --------------------------
 # The loss is cross-entropy, summed over samples, plus ``precision / 2`` times the
-# squared norm of ``theta``: a normal prior. The second derivatives of cross-entropy by
+# squared norm of ``theta``: a normal prior. If you train with the mean loss and the
+# ``weight_decay`` of SGD or Adam, ``precision`` is ``N * weight_decay``.
+#
+# The second derivatives of cross-entropy by
 # the outputs are ``diag(p) - p p^T``, whatever the labels are. ``J`` carries them to
 # the parameters: the generalized Gauss-Newton matrix (GGN), ``[P, P]``. With the prior
 # on its diagonal, its inverse is the covariance of the parameters. We draw parameters
@@ -218,12 +243,37 @@ def softmax_precision(J, fs, precision):
     return H + precision * torch.eye(len(H)).to(H)
 
 
-def confidence(J, fs, S, draws=500):
-    """Return mean probabilities ``[N, C]`` for parameters with covariance ``S``."""
-    draw = torch.randn(draws, len(S), generator=torch.Generator().manual_seed(0)).to(S)
-    change = torch.linalg.cholesky(S) @ draw.T
+def confidence(J, fs, H, draws=500):
+    """Return mean probabilities ``[N, C]`` for parameters with precision ``H``."""
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randn(len(H), draws, generator=generator, device="cpu").to(H)
+    L = torch.linalg.cholesky(H)
+    change = torch.linalg.solve_triangular(L.mT, draw, upper=True)
     return (fs[..., None] + J @ change).softmax(1).mean(2)
 
+
+def laplace_softmax(model, X, X_new, precision, draws=500):
+    """Return probabilities ``[N_new, C]`` of classes, averaged over parameters.
+
+    The model returns logits ``[N, C]``, is trained on ``X [N, ...]`` with the summed
+    cross-entropy plus ``precision / 2`` times the squared norm of its parameters, and
+    is in eval mode. Needs memory for a matrix ``[P, P]``. Raises ``ValueError`` if a
+    shape or a number does not fit, and what ``vmap`` raises.
+    """
+    if not (precision > 0 and draws > 0):
+        raise ValueError(f"{precision=} and {draws=} must be positive")
+    refuse_other_samples(X, X_new)
+    fs, J, _ = linearized(model, X)
+    if fs.shape[1] < 2:
+        raise ValueError(f"model(X) has shape {list(fs.shape)}: a softmax needs C > 1")
+    H = softmax_precision(J, fs, precision)
+    fs, J, _ = linearized(model, X_new)
+    return confidence(J, fs, H, draws)
+
+
+# %%
+# ``load_iris`` has 150 flowers of three kinds, and the model looks at two measurements.
+# The reference for the GGN is autograd's second derivative of the linear model's loss.
 
 flowers, y = map(torch.tensor, load_iris(return_X_y=True))
 X = ((flowers - flowers.mean(0)) / flowers.std(0))[:, -2:]
@@ -231,7 +281,6 @@ model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
 _ = minimize(lambda net: cross_entropy(net(X), y, reduction="sum"), model, 0.3, 1000)
 fs, J, theta = linearized(model, X)
 H = softmax_precision(J, fs, precision=0.3)
-S = H.inverse()
 
 
 def loss(change):  # of the linear model
@@ -243,20 +292,19 @@ assert_close(H, reference + 0.3 * torch.eye(len(theta)))
 print("The GGN is autograd's second derivative of the linear model's loss.")
 
 # %%
-# ``load_iris``: two measurements of 150 flowers, three kinds. Ten standard deviations
-# away from the data, nobody knows the kind. There, the softmax is surer than Laplace.
-# In the map, color is the largest probability, and points are flowers.
+# Ten standard deviations away from the data, nobody knows the kind. There, the softmax
+# is surer than Laplace. In the map, color is the largest probability, and points are
+# flowers.
 
 # fold: How the map is drawn
 angle, axis = torch.arange(0, 2 * torch.pi, 0.1), torch.linspace(-8, 8, 41)
 away = 10 * torch.stack([angle.cos(), angle.sin()], dim=1)
+inputs = torch.cat([X, away, torch.cartesian_prod(axis, axis)])
+found = {"softmax": model(inputs).detach().softmax(1)}
+found["Laplace"] = laplace_softmax(model, X, inputs, precision=0.3)
 fig, axes = plt.subplots(1, 2, figsize=(5, 4.4), sharey=True, layout="constrained")
-for ax, name in zip(axes, ["softmax", "Laplace"]):
-    sure = []
-    for inputs in X, away, torch.cartesian_prod(axis, axis):
-        f, D, _ = linearized(model, inputs)
-        mean = f.softmax(1) if name == "softmax" else confidence(D, f, S)
-        sure.append(mean.amax(1))
+for ax, (name, mean) in zip(axes, found.items()):
+    sure = mean.amax(1).split([len(X), len(away), len(axis) ** 2])
     near, far = sure[0].mean(), sure[1].mean()
     print(f"{name}: {near:.0%} sure on the data, {far:.0%} far away")
     area, levels = sure[2].view(41, 41).T, torch.linspace(0.3, 1, 15)
@@ -321,19 +369,19 @@ sd = diagonal_variance(last_inputs(wide, X), wide(X).detach(), 0.3).sqrt()
 dense = C * C * (D + 1) * 4 / 1e9
 print(f"{list(sd.shape)} deviations. For a sample in float32, J has {dense:.1f} GB,")
 print(f"and phi has {(D + 1) * 4} bytes.")
+torch.set_num_threads(threads)
 
 # %%
 # Cost
 # ----
 # - ``J`` holds ``N * C * P`` numbers. Take new samples in chunks, and sum the GGN of
 #   the chunks: ``scale/jacobians_without_memory.py``.
-# - Weight space takes time ``P ** 3``, function space ``(N * C) ** 3``, and
-#   ``BayesianRidge`` factors ``J`` in ``N * C * P`` times the smaller of ``N * C`` and
-#   ``P``. ``scale/neural_tangent_kernel.py`` has the kernel of function space without
-#   ``J``. If all are large, take the last layer.
-# - Where layers are wide, ``batched_jacobian``, a file that
-#   ``scale/universal_jacobian.py`` offers, goes in the place of ``vmap_jacrev``: same
-#   arguments, same result.
+# - Weight space takes time ``P ** 3``, function space ``(N * C) ** 3``. ``error_bars``
+#   factors ``J`` in ``N * C * P`` times the smaller of ``N * C`` and ``P``.
+#   ``scale/neural_tangent_kernel.py`` has the kernel of function space without ``J``.
+#   If all are large, take the last layer.
+# - Where layers are wide, ``batched_jacobian`` from ``batched_jacobian.py`` goes in the
+#   place of ``vmap_jacrev``: same arguments, same result.
 #
 # When not to use it
 # ------------------

@@ -21,6 +21,7 @@ from torch.testing import assert_close
 from torch.utils.benchmark import Timer
 
 torch.set_default_dtype(torch.float64)
+threads = torch.get_num_threads()
 torch.set_num_threads(1)  # small models gain nothing from more
 _ = torch.manual_seed(0)
 
@@ -28,10 +29,11 @@ _ = torch.manual_seed(0)
 # Residuals as a model
 # --------------------
 # The loss is half the sum of squares of residuals ``r``, here the outputs of a model
-# ``[N, C]``. For the equation ``-u'' = pi^2 sin(pi x)`` with ``u(0) = u(1) = 0``, a
-# residual is what the network leaves of it at one point ``x``: a physics-informed
-# network (PINN). The factor ``x (1 - x)`` keeps the ends at zero, so the boundary needs
-# no weight. The solution is ``sin(pi x)``.
+# ``[N, C]``. Take the equation ``-u'' = pi^2 sin(pi x)`` with ``u(0) = u(1) = 0``. The
+# residual at a point ``x`` is its right side minus its left, divided by ``pi^2``. A
+# network with this loss is called physics-informed (PINN). The solution is
+# ``sin(pi x)``. In ``u``, the factor ``x (1 - x)`` keeps the ends at zero, so the
+# boundary needs no weight.
 
 
 class Residual(nn.Module):
@@ -267,12 +269,13 @@ for N in 66, 264:
     step = Timer("damped_step(J, r, 0.1)", globals=globals()).timeit(5)
     times = f"Jacobian {jacobian.mean * 1e3:.0f} ms, step {step.mean * 1e3:.1f} ms"
     print(f"N = {N}: J has {J.numel() * 8 / 1e6:.1f} MB, {times}")
+torch.set_num_threads(threads)
 
 # %%
 # - If ``J`` does not fit, sum ``J @ J.T`` over blocks of parameters, or multiply with
 #   ``J`` and never store it: ``scale/jacobians_without_memory.py``.
-# - ``batched_jacobian``, a file that ``scale/universal_jacobian.py`` offers, goes in
-#   the place of ``vmap_jacrev``, on this residual as well: same arguments and result.
+# - ``batched_jacobian`` from ``batched_jacobian.py`` goes in the place of
+#   ``vmap_jacrev``, on this residual as well: same arguments, same result.
 #   Where the residuals are plain outputs of layers, ``scale/neural_tangent_kernel.py``
 #   has ``J @ J.T`` without ``J``.
 # - For a regression, let the model map ``X`` with the targets as last column to

@@ -27,6 +27,7 @@ from torch.testing import assert_close
 # apart: ``N = 60`` samples to train, ``M = 100`` to test, ``C = 3`` outputs.
 
 torch.set_default_dtype(torch.float64)
+threads = torch.get_num_threads()
 torch.set_num_threads(1)  # more threads only disturb networks this small
 digits, keep = load_digits(), torch.tensor([3, 5, 8])
 images, labels = torch.tensor(digits.data) / 16, torch.tensor(digits.target)
@@ -111,17 +112,17 @@ lr, steps = longest_step(K), torch.logspace(0, 2.5, 26).long().unique()  # 1 to 
 change = predicted_change(K, K_test, error, lr, steps)
 
 # %%
-# The reference is gradient descent on the linear model in all ``P`` parameters. After
-# infinitely many steps, the outcome is that of the first section.
+# The reference is gradient descent on the linear model in all ``P`` parameters, here
+# for 100 steps. After infinitely many, the outcome is that of the first section.
 
 rows, rows_test = [
     torch.cat([b.flatten(2) for b in D.values()], 2) for D in (J, J_test)
 ]
 theta = torch.zeros(rows.shape[2])
-for _ in range(steps[-1]):
+for _ in range(100):
     theta += lr * torch.tensordot(error - rows @ theta, rows, 2)
-assert_close(change[-1], rows_test @ theta)
-limit = predicted_change(K, K_test, error, lr, [torch.inf])[0]
+after, limit = predicted_change(K, K_test, error, lr, [100, torch.inf])
+assert_close(after, rows_test @ theta)
 assert_close(start + limit, outcome)
 print(f"Gradient descent in {len(theta)} parameters agrees.")
 
@@ -183,9 +184,10 @@ def width_study(seed, width):
     X, targets, Z, model = draw_digits(seed, width)
     J, error, start = vmap_jacrev(model, X), targets - model(X), model(Z)
     K, K_test = jacobian_kernel(J, J), jacobian_kernel(vmap_jacrev(model, Z), J)
-    predicted = start + predicted_change(K, K_test, error, longest_step(K), steps[-1:])
+    lr, last = longest_step(K), steps[-1:]
+    predicted = start + predicted_change(K, K_test, error, lr, last)
     linear = torch.tensor(KernelRidge(alpha=1).fit(X, targets).predict(Z))
-    trained = trained_outputs(model, X, targets, Z, longest_step(K), steps[-1:])
+    trained = trained_outputs(model, X, targets, Z, lr, last)
     outputs = torch.stack([predicted[0], linear])
     errors = (outputs - trained).flatten(1).norm(dim=1) / (start - trained).norm()
     return *errors.tolist(), (predicted.argmax(2) == trained.argmax(2)).double().mean()
@@ -194,7 +196,7 @@ def width_study(seed, width):
 # %%
 # Over five seeds, the mean, and the range of the error:
 
-seeds, widths = [1, 2, 3, 4, 5], [8, 32, 128, 512]
+seeds, widths = [1, 2, 3, 4, 5], [8, 64, 512]
 results = torch.tensor(
     [[width_study(seed, width) for seed in seeds] for width in widths]
 )
@@ -217,6 +219,26 @@ ax.legend()
 plt.show()
 
 # %%
+# Cost
+# ----
+#
+# - A Jacobian holds ``N * C * P`` numbers and the kernel ``(N * C) ** 2``; its
+#   eigendecomposition takes of the order of ``(N * C) ** 3`` operations.
+# - With many parameters, ``ntk(model, X, Z)`` from ``ntk.py`` takes the place of
+#   ``jacobian_kernel``: the same kernel, for most layers without the Jacobian.
+# - With many samples the kernel itself is too large. Write it in tiles:
+#   ``scale/neural_tangent_kernel.py``.
+#
+# When not to use it
+# ------------------
+#
+# - Training by other means: the prediction is for full-batch gradient descent on the
+#   square loss, with short steps. Adam, momentum, mini-batches and the cross-entropy
+#   take other paths.
+# - A narrow network learns features, which a fixed Jacobian cannot. At the least width
+#   above, compare with the linear model, which needs no Jacobian.
+# - To predict costs a decomposition. If training is cheaper, train.
+#
 # Kernel of infinite width
 # ------------------------
 #
@@ -229,9 +251,9 @@ plt.show()
 #     \frac{|x| \, |z|}{\pi D} \left( \sin\varphi
 #     + 2 (\pi - \varphi) \cos\varphi \right)
 #
-# for each output, and to zero between two outputs. ReLU lets us scale inputs and kernel
-# instead of layers. PyTorch's own initialization has no such limit; the prediction does
-# not mind.
+# for each output, and to zero between two outputs. The code divides the inputs and the
+# kernel in place of the layers: with ReLU, that is the same. PyTorch's own
+# initialization has no such limit, and the prediction above does not need one.
 
 
 def arc_cosine_ntk(X, Z):
@@ -318,32 +340,13 @@ ranks = [torch.linalg.matrix_rank(matrix).item() for matrix in matrices]
 assert ranks[0] == ranks[1] < min(NC, P)
 print(f"Rank of J {list(rows.shape)}: {ranks[0]}, of its kernel: {ranks[1]}.")
 print(f"In float32: {ranks[2]} and {ranks[3]}.")
+torch.set_num_threads(threads)
 
 # %%
-# Cost
-# ----
-#
-# - A Jacobian holds ``N * C * P`` numbers and the kernel ``(N * C) ** 2``; its
-#   eigendecomposition takes of the order of ``(N * C) ** 3`` operations.
-# - With many parameters, ``ntk(model, X, Z)``, in a file that
-#   ``scale/neural_tangent_kernel.py`` offers, takes the place of ``jacobian_kernel``:
-#   the same kernel, for most layers without the Jacobian.
-# - With many samples the kernel itself is too large. That page also writes it in tiles.
-#
-# When not to use it
-# ------------------
-#
-# - Training by other means: the prediction is for full-batch gradient descent on the
-#   square loss, with short steps. Adam, momentum, mini-batches and the cross-entropy
-#   take other paths.
-# - A narrow network learns features, which a fixed Jacobian cannot. At the least width
-#   above, compare with the linear model, which needs no Jacobian.
-# - To predict costs a decomposition. If training is cheaper, train.
-#
 # What to take home
 # -----------------
 #
-# - The kernel ``J J^T`` foretells training by gradient descent, the better the wider.
+# - The kernel ``J J^T`` predicts training by gradient descent, the better the wider.
 # - It has the eigenvalues, the eigenvectors and the log determinant of ``J^T J``.
 # - It squares what is small: build it in float64.
 #
