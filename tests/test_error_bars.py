@@ -244,7 +244,7 @@ def test_bad_arguments_are_named(page, function, bad, text):
 def test_last_layer_needs_no_jacobian(page, N, D, C):
     torch.manual_seed(8)
     model, X = net(3, D, C), torch.randn(N, 3)
-    phi, fs = page["last_inputs"](model, X), model(X).detach()
+    phi, fs = page["last_inputs"](model, model[-1], X), model(X).detach()
     for p in model[:-1].parameters():
         p.requires_grad_(False)
     J, _ = dense_jacobian(model, X)  # weight [C, D], then bias [C]

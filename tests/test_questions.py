@@ -132,8 +132,10 @@ def test_shards_of_two_processes_add_up(start, tmp_path):
     environment = {
         k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")
     }
-    options = {"cwd": tmp_path, "env": environment, "timeout": 120, "check": True}
-    subprocess.run([sys.executable, *run, "file.py"], capture_output=True, **options)
+    options = {"cwd": tmp_path, "env": environment, "timeout": 120, "text": True}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    torchrun = subprocess.run([sys.executable, *run, "file.py"], **options)
+    assert torchrun.returncode == 0, torchrun.stdout
     (first, summed), (second, same) = [
         torch.load(tmp_path / f"{rank}.pt") for rank in range(2)
     ]

@@ -228,11 +228,11 @@ print(f"{list(H.shape)} and a Gaussian process of {len(J)} rows give the same ba
 # squared norm of ``theta``: a normal prior. If you train with the mean loss and the
 # ``weight_decay`` of SGD or Adam, ``precision`` is ``N * weight_decay``.
 #
-# The second derivatives of cross-entropy by
-# the outputs are ``diag(p) - p p^T``, whatever the labels are. ``J`` carries them to
-# the parameters: the generalized Gauss-Newton matrix (GGN), ``[P, P]``. With the prior
-# on its diagonal, its inverse is the covariance of the parameters. We draw parameters
-# from it, and average the softmax of the linear model.
+# The second derivatives of cross-entropy by the outputs are ``diag(p) - p p^T``,
+# whatever the labels are. ``J`` carries them to the parameters: the generalized
+# Gauss-Newton matrix (GGN), ``[P, P]``. With the prior on its diagonal, its inverse is
+# the covariance of the parameters. We draw parameters from it, and average the softmax
+# of the linear model.
 
 
 def softmax_precision(J, fs, precision):
@@ -331,10 +331,16 @@ plt.show()
 #   eigenvectors of both turn it into a diagonal, to which the prior adds.
 
 
-def last_inputs(model, X):
-    """Return ``phi [N, D]`` of an ``nn.Sequential`` that ends in a linear layer."""
-    a = model[:-1](X).detach()
-    return torch.cat([a, torch.ones_like(a[:, :1])], dim=1)
+def last_inputs(model, layer, X):
+    """Return ``phi [N, D]`` of the linear layer that ends the model, such as its fc."""
+    seen = []
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        model(X)
+    finally:
+        hook.remove()
+    (a,) = seen
+    return torch.cat([a, torch.ones_like(a[:, :1])], dim=1).detach()
 
 
 def diagonal_variance(phi, fs, precision):
@@ -349,7 +355,7 @@ def kronecker_variance(phi, B, A, precision):
     return (phi @ V).square() @ (1 / (a[:, None] * b + precision)) @ U.square().T
 
 
-phi, p = last_inputs(model, X), fs.softmax(1)
+phi, p = last_inputs(model, model[-1], X), fs.softmax(1)
 B, A = (p.sum(0).diag() - p.T @ p) / len(p), phi.T @ phi
 
 blocks = vmap_jacrev(model[-1], model[:-1](X).detach())
@@ -365,7 +371,8 @@ print("Both forms give the variances of the dense Jacobian and covariance.")
 
 D, C = 128, 3100
 wide = nn.Sequential(nn.Linear(2, D), nn.Tanh(), nn.Linear(D, C))
-sd = diagonal_variance(last_inputs(wide, X), wide(X).detach(), 0.3).sqrt()
+phi = last_inputs(wide, wide[-1], X)
+sd = diagonal_variance(phi, wide(X).detach(), 0.3).sqrt()
 dense = C * C * (D + 1) * 4 / 1e9
 print(f"{list(sd.shape)} deviations. For a sample in float32, J has {dense:.1f} GB,")
 print(f"and phi has {(D + 1) * 4} bytes.")
