@@ -60,6 +60,13 @@ def link_tutorials(app, doctree, docname):
             literal.replace_self(link)
 
 
+def keep_short_code_whole(app, doctree):
+    """Mark code in a text that is so short that it fits into a line of its own."""
+    for literal in doctree.findall(nodes.literal):
+        if len(literal.astext()) <= 20:
+            literal["classes"].append("short")
+
+
 def first_paragraph(doctree):
     """Return the paragraph that says what the page is for."""
     paragraphs = next(doctree.findall(nodes.section)).findall(nodes.paragraph)
@@ -134,6 +141,7 @@ def forget_words(app):
 
 
 def setup(app):
+    app.connect("doctree-read", keep_short_code_whole)
     app.connect("doctree-resolved", link_tutorials)
     app.connect("builder-inited", write_dark_code_colors)
     app.connect("html-page-context", complete)

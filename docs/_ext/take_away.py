@@ -162,7 +162,8 @@ def offer(app, document):
         blocks = document.findall(nodes.literal_block)
         block = next(b for b in blocks if re.search(pattern, b.astext(), re.MULTILINE))
         cell = block.parent if isinstance(block.parent, details) else block
-        html = f"In one file, with what it needs: {link(name, docname)}."
+        code = f"{CODE}from {name} import {', '.join(file['functions'])}</code>"
+        html = f"In one file, with what it needs: {link(name, docname)}. {code}"
         html = f'<p class="take-away" id="take-{name}">{html}</p>'
         cell.parent.insert(cell.parent.index(cell), nodes.raw("", html, format="html"))
 
@@ -178,6 +179,9 @@ class TakeAway(Directive):
             page = f"{'../' * env.docname.count('/')}{GALLERY}{file['tutorial']}.html"
             title = f'<a href="{page}#take-{name}">{escape(file["title"])}</a>'
             said = f"{link(name, env.docname)}, from {title}. {file['says']}"
+            if others := file["functions"][1:]:
+                codes = (f"{CODE}{other}</code>" for other in others)
+                said += f" With {', '.join(codes)}."
             items.append(f"<li>{said}</li>")
         html = f'<ul class="simple">{"".join(items)}</ul>' if items else ""
         return [nodes.raw("", html, format="html")]

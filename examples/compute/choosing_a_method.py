@@ -270,14 +270,15 @@ for case, (model, X) in cases.items():
 # BackPACK's two methods, explained in ``batched_jacobians.py``, have no rule for some
 # layers: where they raise or warn, they are left out.
 #
-# ``batched_jacobian`` is not in the table: it takes any model, tries a fast method,
+# ``batched_jacobian`` is not among them: it takes any model, tries a fast method,
 # and checks what that gives. ``scale/universal_jacobian.py`` shows its time as a
 # multiple of that of ``vmap(jacrev)``. For wide linear layers at every step of a loop,
 # it writes into memory that you keep.
 #
 # Time of each method
 # -------------------
-# The methods over the whole batch push ``N * C`` cotangents through all ``N`` samples.
+# The methods over the whole batch push ``N * C`` cotangents, weights for the outputs,
+# through all ``N`` samples.
 # The others push ``C`` through each sample: ``N`` times less work, which pays when
 # ``N`` is large, at a fixed cost, which counts when ``N * C`` or the network is small.
 # And each result has to be written, which takes most of the time where the Jacobian is
@@ -291,10 +292,11 @@ STYLES = dict(zip(calls(model, X), zip(COLORS, "os^vD")))
 def draw(values, title, xlabel):
     """Draw a row for each case of ``values``, with a mark for each method."""
     fig, ax = plt.subplots(figsize=(5, 4), layout="constrained")
-    for name, (color, marker) in STYLES.items():
+    for shift, (name, (color, marker)) in enumerate(STYLES.items()):
         marks = [(row[name], y) for y, row in enumerate(values.values()) if name in row]
         xs, ys = zip(*marks)
-        style = {"color": color, "marker": marker, "markersize": 11, "zorder": 3}
+        ys = [y + 0.15 * (shift - 2) for y in ys]  # none hides another
+        style = {"color": color, "marker": marker, "markersize": 9, "zorder": 3}
         ax.plot(xs, ys, linestyle="", markeredgecolor="white", label=name, **style)
     ax.set(xscale="log", xlabel=xlabel)
     ax.xaxis.set_major_formatter("{x:g}")
@@ -324,8 +326,7 @@ draw(memory, title, "peak as a multiple of the Jacobian")
 # %%
 # Growth with N
 # -------------
-# A small MLP with ``C = 5`` outputs. A method leaves after a call that takes more than
-# ``LONG`` seconds.
+# A small MLP with ``C = 5`` outputs. A method leaves after a call that takes long.
 
 # fold: How the growth is measured and drawn
 LONG = 0.03
@@ -356,11 +357,11 @@ torch.set_num_threads(threads)
 # %%
 # What to take home
 # -----------------
-# - The table above is from the machine that built this page. Run the script on yours,
-#   with your model and batch in ``cases``.
+# - The numbers above are from the machine that built this page. Run the script on
+#   yours, with your model and batch in ``cases``.
 # - ``vmap(jacrev)`` needs no other package and six lines.
 # - With few samples and outputs the fixed cost decides, and ``grads_batched`` has less
-#   of it: take it for ``N * C`` of about ten and fewer.
+#   of it: take it for ``N * C`` of about ten and fewer, and more if the model is tiny.
 #
 # Next: ``scale/universal_jacobian.py`` teaches ``batched_jacobian``, for models that
 # ``vmap`` does not take. The alternative: ``compute/torch_func_jacobians.py`` teaches

@@ -267,11 +267,14 @@ print(f"N = 8, C = 21, 512 x 512, P = {P}: {8 * 21 * 512**2 * P * 4 / 1e12:.0f} 
 # ----------------------------------------
 # Give ``f`` an argument for each input that has samples, and ``vmap`` an axis for each:
 # ``(None, 0, 0)``. Inside, ``functional_call`` takes a tuple of inputs and a dict of
-# keyword arguments, each with a batch axis of length 1. Here an encoder layer in
-# ``eval()`` has a padding mask. ``MATH`` takes the attention in plain operations, for
-# which ``vmap`` has rules. ``jacrev`` itself takes no keyword arguments.
+# keyword arguments, each with a batch axis of length 1. Here an encoder in ``eval()``
+# has a padding mask. Its fast path has no rule under ``vmap`` (``Batching rule not
+# implemented for aten::_nested_tensor_from_mask``): ``enable_nested_tensor=False``, or
+# turn it off as ``trust/sequence_models.py`` does. ``MATH`` takes the attention in
+# plain operations, for which ``vmap`` has rules. ``jacrev`` takes no keyword arguments.
 
-encoder = nn.TransformerEncoderLayer(E, 2, 10, batch_first=True).eval()
+layer = nn.TransformerEncoderLayer(E, 2, 10, batch_first=True)
+encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
 tokens, lengths = torch.rand(N, T, E), torch.tensor([5, 3, 4, 2, 5, 1])
 padding = torch.arange(T) >= lengths[:, None]
 

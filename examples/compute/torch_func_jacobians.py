@@ -262,9 +262,10 @@ for ax, cotangents in zip(axes, (whole, single)):
     ax.imshow(nonzero.numpy(), cmap="cividis", aspect="auto", vmin=0, vmax=1)
 zeros = (whole == 0).double().mean().item()
 fig.suptitle(f"Cotangents at the ReLU:\n{zeros:.0%} of the batch's are zero")
-axes[0].set(title="whole batch", ylabel="sample and output (index)")
-axes[0].set_xlabel("sample and hidden unit (index)")
-axes[1].set(title="vmap", xlabel="unit", xticks=[0, D_hidden - 1])
+axes[0].set_title("whole batch", loc="left")
+axes[0].set(xlabel="sample and hidden unit (index)", ylabel="sample and output (index)")
+axes[1].set_title("vmap", loc="left")
+axes[1].set(xlabel="unit", xticks=[0, D_hidden - 1])
 plt.show()
 
 # %%

@@ -404,6 +404,7 @@ for color, (cause, (grown, flat)) in zip(colors, causes.items()):
     ax.plot(steps, [b / 1e3 for b in flat], "k:", lw=4)
 ax.plot([], "k:", lw=4, label="the same, mended")
 ax.set_yscale("symlog", linthresh=10)  # linear from 0 to 10, then logarithmic
+ax.yaxis.set_major_formatter("{x:g}")
 ax.set(xlabel="iteration", ylabel="kept memory [kB]")
 ax.set_title("Six loops that keep memory,\nand the same mended")
 fig.legend(loc="outside lower center", ncols=2)

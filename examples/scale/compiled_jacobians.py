@@ -142,6 +142,7 @@ ax.loglog(
 )
 ax.set(xlabel="N samples", ylabel="time [ms]")
 ax.set_xticks(list(times), list(times))
+ax.yaxis.set_major_formatter("{x:g}")
 ratios = [eager / fast for eager, fast in times.values()]
 ax.set_title(
     f"Small MLP: eager / compiled\nfrom {min(ratios):.1f} to {max(ratios):.1f}"
@@ -241,8 +242,8 @@ torch.set_num_threads(threads)
 # %%
 # What to take home
 # -----------------
-# - Compile a small Jacobian that you take thousands of times, with the same sizes.
-#   Otherwise the first call costs more than it gains.
+# - Compile a small Jacobian that you take tens of thousands of times, with the same
+#   sizes. Otherwise the first call costs more than it gains.
 # - Compile the Jacobian, not the model in it.
 # - For several models, and for convolutions, pass ``dynamic=False``.
 #

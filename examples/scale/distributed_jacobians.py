@@ -296,10 +296,14 @@ plt.show()
 # %%
 # Several machines
 # ----------------
-# Save a program such as ``ROWS`` as a file, and start it on each machine: ``torchrun
-# --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400
-# program.py``. All machines have to reach ``HOST``, one of them, and the files. With
-# GPUs, a rank takes the one whose number is in the variable ``LOCAL_RANK``:
+# Save a program such as ``ROWS`` as a file, and start it on each machine::
+#
+#     torchrun --nnodes=2 --nproc-per-node=8 \
+#         --rdzv-backend=c10d \
+#         --rdzv-endpoint=HOST:29400 program.py
+#
+# All machines have to reach ``HOST``, one of them, and the files. With GPUs, a rank
+# takes the one whose number is in the variable ``LOCAL_RANK``:
 # ``torch.cuda.set_device``, and ``.cuda()`` on its model and its samples.
 #
 # If a rank fails, ``torchrun`` ends the others. If a rank hangs, the others wait for it

@@ -303,7 +303,8 @@ for name, (model, X) in large.items():
 # out before the first chunk. It compares the gradient of two chunks with those of each,
 # so all samples are never there at once. With a ``plan``
 # from above, ``size=(plan["samples"], C)`` fits; if that is 0, take one sample and
-# fewer outputs. The use is below what is closed.
+# fewer outputs. The plan counts what PyTorch allocates; leave some memory to the
+# system.
 
 # fold: errors_of_chunks, samples_apart and checked_rows
 
@@ -489,9 +490,10 @@ def write_jacobian(model, X, out, size):
 # Here it writes a file for each parameter, and we read three samples.
 
 with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-    out, paths = {}, {name: Path(folder, f"{name}.npy") for name in J}
-    for name, block in J.items():
-        dtype, shape = block.numpy().dtype, tuple(block.shape)
+    out, paths = {}, {}
+    for name, p in model.named_parameters():
+        paths[name], shape = Path(folder, f"{name}.npy"), (N, C, *p.shape)
+        dtype = p.detach().numpy().dtype
         file = np.lib.format.open_memmap(paths[name], "w+", dtype, shape)
         out[name] = torch.from_numpy(file)
     write_jacobian(model, X, out, size=(4, 3))
@@ -612,6 +614,7 @@ for (name, found), marker, color in zip(peaks.items(), "os", ["#0072B2", "#D55E0
 ax.axvline(1, color="black", linewidth=1)
 ax.invert_yaxis()
 ax.set(xscale="log", xlabel="peak memory in multiples of J")
+ax.xaxis.set_major_formatter("{x:g}")
 ax.legend()
 streamed = peaks["MLP"]["streamed sum"]
 ax.set_title(f"A streamed sum over J of an MLP\npeaks at {streamed:.2f} of J")

@@ -312,10 +312,11 @@ for name, (net, inputs) in models.items():
     J = layer_structure(net, inputs)
     assert_close(J, vmap_jacrev(net, inputs))
     results[name] = times = interleaved_medians(CALLS, net, inputs, J)
-    print(f"{name}, J of {sum(block.nbytes for block in J.values()) / 1e6:.0f} MB:")
+    size = sum(block.nbytes for block in J.values()) / 1e6
+    print(f"{name}, J of {size:.0f} MB. Time, as a multiple of the last:")
     for call, seconds in times.items():
         ratio = seconds / times["write the same memory"]
-        print(f"  {call}: {seconds * 1e3:.1f} ms, x {ratio:.1f} the last line")
+        print(f"  {call}: {seconds * 1e3:.1f} ms, x {ratio:.1f}")
 torch.set_num_threads(threads)
 
 # %%

@@ -430,9 +430,8 @@ def jacobian_factors(model, X, structure=True):
 # %%
 # Kernel of two batches
 # ---------------------
-# A pair of samples with ``T`` and ``S`` positions needs ``T S (I + C O) + C C T O``
-# operations from factors and ``C C O I`` from blocks. ``add_factors`` counts, and takes
-# the cheaper one. Of a kernel of one batch with itself it computes one half.
+# ``from ntk import ntk``: ``ntk(model, X)`` is the kernel of a batch with itself,
+# ``ntk(model, X, Z)`` that of two. Both take any model with outputs ``[N, C]``.
 
 # fold: How the kernel is summed up
 
@@ -551,7 +550,7 @@ cases = {
 }
 
 # %%
-# ``ntk`` takes any model with outputs ``[N, C]``: call its ``eval()`` first. If samples
+# Call the model's ``eval()`` first. If samples
 # mix, as for batch norm in training mode, blocks come from the definition, and take
 # long. If ``fs`` is random, as for dropout, each call returns another kernel.
 
@@ -570,12 +569,17 @@ for title, (case, X_case, Z_case) in cases.items():
     print(f"  factors: {sorted(sum(factors, ()))}, blocks: {sorted(blocks)}")
 
 # %%
+# A pair of samples with ``T`` and ``S`` positions needs ``T S (I + C O) + C C T O``
+# operations from factors and ``C C O I`` from blocks. ``add_factors`` counts, and takes
+# the cheaper one. Of a kernel of one batch with itself it computes one half.
+#
 # Kernel in tiles
 # ---------------
 # For 10 000 samples and 10 outputs, ``K`` has 10 billion numbers: trace it, and write
-# it in tiles of so many samples, with memory for two of their Jacobians, which is many
-# times theirs for convolutions on large images: start with one or two samples. ``out``
-# may be a ``numpy.memmap`` in ``torch.from_numpy``. A tile knows only its samples, so
+# it in tiles. A tile of ``samples`` by ``samples`` needs memory for two of their
+# Jacobians, and many times that for convolutions on large images. It computes its
+# factors anew: time grows as ``N ** 2 / samples``, so take as many as fit. ``out`` may
+# be a ``numpy.memmap`` in ``torch.from_numpy``. A tile knows only its samples, so
 # ``samples_apart`` looks first, at two tiles at a time, whether others influence them.
 
 # fold: How the kernel is written in tiles
@@ -644,7 +648,7 @@ def write_ntk(model, X, out, samples):
 
 
 # %%
-# The file to download has it, too: ``from ntk import ntk, write_ntk``.
+# ``from ntk import write_ntk``:
 
 case, X_case, _ = cases["words"]
 K = ntk(case, X_case)
@@ -778,6 +782,7 @@ ax.axvline(1, color="black")
 ax.set(
     xscale="log", xlabel="times as fast as torch.func's contraction", ylim=(2.5, -0.5)
 )
+ax.xaxis.set_major_formatter("{x:g}")
 fig.legend(loc="outside lower center", ncols=2)
 _, of_mlp, of_cnn = ratios.values()
 fig.suptitle(

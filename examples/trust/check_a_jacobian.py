@@ -439,6 +439,7 @@ for (kind, errors), color, mark in zip(wrong.items(), colors, "sD^v"):
     ax.scatter(errors, names, s=80, marker=mark, color=color, label=kind)
 _ = ax.axvline(LIMIT, color="black", linestyle="--", label="LIMIT")
 ax.set(xscale="log", xlabel="error in roundings", ylim=(len(right) - 0.5, -0.5))
+ax.xaxis.set_major_formatter("{x:g}")
 largest = max(right.values())
 fig.suptitle(f"Right: at most {largest:.1f} roundings.\nWrong: {smallest:.0f} and more")
 fig.legend(loc="outside lower center", ncols=2)
@@ -535,7 +536,7 @@ try:
     raise RuntimeError("dropout passes")
 except AssertionError:
     print("Dropout in training: the check raises")
-check_jacobian(model.eval(), X, autograd_loop(model, X))
+_ = check_jacobian(model.eval(), X, autograd_loop(model, X))
 
 # %%
 # The largest relative error of a block that passes, within a factor of two:

@@ -611,32 +611,51 @@ for method in methods:
     print(f"{method}: {right} right, {wrong} wrong, {errors} errors")
 
 # %%
+# Common layers
+# -------------
+# The verdicts for layers that most people ask about.
+
+COMMON = "Conv2d groups=2 depthwise ConvTranspose2d MaxPool2d AdaptiveAvgPool2d".split()
+COMMON += ["BatchNorm2d, eval", "LayerNorm", "GroupNorm", "Embedding", "RNN", "LSTM"]
+COMMON += ["GRU", "MultiheadAttention", "TransformerEncoderLayer, eval", "GELU", "skip"]
+COMMON += ["Dropout, eval", "F.relu", "layer called twice", "two Linear, one weight"]
+shown = "vmap(jacrev)", "BatchGrad", "SqrtGGNExact"
+print(f"layer: {', '.join(shown)}")
+for name in COMMON:
+    found = [results[name, method] for method in shown]
+    words = [word if word in ("right", "wrong") else "error" for word in found]
+    print(f"{name}: {', '.join(words)}")
+
+# %%
 # All verdicts in a picture
 # -------------------------
 # A row is a group of cases, a column is a method, and a bar is divided as the verdicts
 # are. Where it is orange, the method is wrong without an error; the number says for how
-# many of the cases.
+# many of the cases, and a bar has room for it.
 
 # fold: How the picture is drawn
 COLORS = {"right": "#56B4E9", "wrong, no error": "#D55E00", "error": "0.85"}
 
 
-def divided_bar(ax, left, row, width, counts):
-    """Draw a bar that is divided as the counts are."""
-    for part, (label, color) in zip(counts, COLORS.items()):
-        part *= width / sum(counts)
+def divided_bar(ax, left, row, counts):
+    """Draw a bar that is divided as the counts are, with room for a number of wrong."""
+    shares = [count / sum(counts) for count in counts]
+    if counts[1]:
+        shares[1] = max(shares[1], 0.35)
+    for count, share, (label, color) in zip(counts, shares, COLORS.items()):
+        part = 0.92 * share / sum(shares)
         _ = ax.barh(row, part, 0.84, left, color=color, label=label)
+        if count and label.startswith("wrong"):
+            ax.text(
+                left + part / 2, row, count, weight="bold", ha="center", va="center"
+            )
         left += part
 
 
 fig, ax = plt.subplots(figsize=(5, 4.6), layout="constrained")
 for row, names in enumerate(groups.values()):
     for column, method in enumerate(methods):
-        right, wrong, errors = count(names, method)
-        divided_bar(ax, column, row, 0.92, (right, wrong, errors))
-        if wrong:
-            place = column + 0.92 * (right + wrong / 2) / len(names), row
-            ax.text(*place, wrong, weight="bold", ha="center", va="center")
+        divided_bar(ax, column, row, count(names, method))
 rows = [f"{name} ({len(group)})" for name, group in groups.items()]
 columns, places = list(methods), [column + 0.2 for column in range(len(methods))]
 ax.set_yticks(range(len(rows)), rows)

@@ -62,10 +62,10 @@ assert largest_error(J, exact) < 1e-5
 # %%
 # float32, float16, bfloat16, autocast
 # ------------------------------------
-# A number has 24 bits in ``float32``, 11 in ``float16`` and 8 in ``bfloat16``. A model
-# in 16 bits rounds its parameters and each result. Under ``autocast`` they stay
-# ``float32``, and products round to 16 bits. The Jacobian is ``float32`` then, and has
-# no more digits than the products.
+# A number has 24 significant bits in ``float32``, 11 in ``float16`` and 8 in
+# ``bfloat16``: 7, 3 and 2 digits. A model in 16 bits rounds its parameters and each
+# result. Under ``autocast`` they stay ``float32``, and products round to 16 bits. The
+# Jacobian is ``float32`` then, and has no more digits than the products.
 #
 # We take an MLP and a CNN with ReLU. The reference is one backward pass in ``float64``
 # for each output of each sample.
@@ -141,11 +141,14 @@ for ax, name in zip(axes, errors):
         ax.scatter(*zip(*weights.items()), color=color, label=precision, **style)
     for dtype, color in colors.items():
         ax.axhline(torch.finfo(getattr(torch, dtype)).eps, color=color, linewidth=0.8)
-    ax.set(yscale="log", title=name, xlabel="block of J")
+    ax.set_title(name, loc="left")
+    ax.set(yscale="log", xlabel="block of J")
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.margins(x=0.2)
 axes[0].set_ylabel("relative error")
 worst = [max(errors["MLP"][k].values()) for k in ("float32", "bfloat16")]
-fig.suptitle(f"Error of J: {worst[0]:.0e}, and {worst[1]:.0e} in bfloat16")
+title = f"{worst[0]:.0e} in float32, {worst[1]:.0e} in bfloat16"
+fig.suptitle(f"Largest relative error of J:\n{title}")
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 plt.show()
 

@@ -240,22 +240,22 @@ for mode, count in counts.items():
 assert_close(maps["eval mode"] == 0, off)
 
 # %%
-# The picture of both modes.
+# The picture of both modes, each divided by its maximum.
 
 # fold: How it is drawn
 fig, axes = plt.subplots(1, 2, figsize=(5, 3.2), sharey=True, layout="constrained")
 title = "{} pairs of samples mix in eval mode,\n{} in training mode"
 fig.suptitle(title.format(*counts.values()))
 colors = plt.get_cmap("cividis").with_extremes(bad="0.85")
-limit = max(values.max().item() for values in maps.values())
 for ax, (mode, values) in zip(axes, maps.items()):
-    nonzero = values.where(values != 0, torch.nan).numpy()
-    image = ax.imshow(nonzero, cmap=colors, vmin=0, vmax=limit)
+    nonzero = (values / values.max()).where(values != 0, torch.nan).numpy()
+    image = ax.imshow(nonzero, cmap=colors, vmin=0, vmax=1)
     for n, m in (values == 0).nonzero().tolist():
         ax.text(m, n, "0", ha="center", va="center")
-    ax.set(title=mode, xlabel="input of sample m", xticks=range(N), yticks=range(N))
+    ax.set_title(mode, loc="left")
+    ax.set(xlabel="input of sample m", xticks=range(N), yticks=range(N))
 axes[0].set_ylabel("output of sample n")
-fig.colorbar(image, ax=axes, label="norm of the derivative")
+fig.colorbar(image, ax=axes, label="norm of the derivative / maximum")
 plt.show()
 
 # %%

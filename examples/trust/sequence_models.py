@@ -337,7 +337,7 @@ for ax, (name, values) in zip(axes, maps.items()):
     image = ax.imshow(nonzero, cmap=colors, vmin=0, vmax=1)
     for t, s in (values == 0).nonzero().tolist():
         ax.text(s, t, "0", ha="center", va="center")
-    ax.set_title(name.replace(" ", "\n"), fontsize=10)
+    ax.set_title(name.replace(" ", "\n"), fontsize=10, loc="left")
     ax.set(xlabel="token s", xticks=range(T), yticks=range(T))
 axes[0].set_ylabel("output of token t")
 label = "norm of the derivative / maximum of each map"

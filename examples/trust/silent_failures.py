@@ -471,8 +471,7 @@ record_failure("Precision", "autocast", single, autocast, vmap_jacrev)
 # All failures
 # ------------
 # A dot is a failure. The axis is the norm of the error by the norm of the Jacobian, for
-# all parameters together. The last tick is for this and more. Failures with wrong
-# shapes have no dot.
+# all parameters together. Failures with wrong shapes have no dot.
 
 # fold: The figure
 
@@ -484,7 +483,7 @@ for (kind, offs), color in zip(shown.items(), colors, strict=True):
     offs = [min(off, 10) for off in offs]
     ax.scatter(offs, [kind] * len(offs), s=110, color=color, alpha=0.7)
 ax.set(xscale="log", xlabel="relative error of the Jacobian")
-ticks = {0.001: "0.1 %", 0.01: "1 %", 0.1: "10 %", 1: "100 %", 10: "1000 %"}
+ticks = {0.001: "0.1 %", 0.01: "1 %", 0.1: "10 %", 1: "100 %", 10: "≥ 1000 %"}
 ax.set_xticks(list(ticks), ticks.values())
 ax.grid(axis="x")
 ax.invert_yaxis()

@@ -112,7 +112,8 @@ print(f"The Fisher matrix, {P} by {P}, is the second derivative of the loss.")
 #
 # .. math::
 #
-#     \log\det (A + F^\top F) - \log\det A = \log\det (I + F A^{-1} F^\top)
+#     & \log\det (A + F^\top F) - \log\det A \\
+#     & \quad = \log\det (I + F A^{-1} F^\top)
 #
 # so that a ``[C, C]`` matrix gives the gain in information. We take the sample that
 # gains most, as if its label were there, and go on. Similar samples gain little after
@@ -211,10 +212,9 @@ def campaign(strategy, seed):
 strategies = [random_labels, smallest_margins, most_information]
 counts = range(20, 61, 10)
 curves = torch.tensor([[campaign(s, seed) for seed in range(5)] for s in strategies])
-print("labels   random              margin              information")
-for count, column in zip(counts, curves.permute(2, 0, 1)):
-    spreads = [f"{v.mean():.1%} ({v.min():.0%} to {v.max():.0%})" for v in column]
-    print(f"{count}       {'   '.join(spreads)}")
+for name, runs in zip(("random", "margin", "information"), curves):
+    for count, v in zip(counts, runs.T):
+        print(f"{name}, {count}: {v.mean():.1%} ({v.min():.0%} to {v.max():.0%})")
 ahead = [(curves[2, :, 1:] > other[:, 1:]).sum() for other in curves[:2]]
 print(f"Information is ahead of random in {ahead[0]} of 20, of margin in {ahead[1]}.")
 assert curves[2, :, -1].mean() > curves[0, :, -1].mean()

@@ -248,7 +248,7 @@ def confidence(J, fs, H, draws=500):
     generator = torch.Generator().manual_seed(0)
     draw = torch.randn(len(H), draws, generator=generator, device="cpu").to(H)
     L = torch.linalg.cholesky(H)
-    change = torch.linalg.solve_triangular(L.mT, draw, upper=True)
+    change = torch.linalg.solve_triangular(L.mT, draw, upper=True).to(J)
     return (fs[..., None] + J @ change).softmax(1).mean(2)
 
 
@@ -266,7 +266,7 @@ def laplace_softmax(model, X, X_new, precision, draws=500):
     fs, J, _ = linearized(model, X)
     if fs.shape[1] < 2:
         raise ValueError(f"model(X) has shape {list(fs.shape)}: a softmax needs C > 1")
-    H = softmax_precision(J, fs, precision)
+    H = softmax_precision(J.double(), fs.double(), precision)
     fs, J, _ = linearized(model, X_new)
     return confidence(J, fs, H, draws)
 
@@ -293,8 +293,15 @@ print("The GGN is autograd's second derivative of the linear model's loss.")
 
 # %%
 # Ten standard deviations away from the data, nobody knows the kind. There, the softmax
-# is surer than Laplace. In the map, color is the largest probability, and points are
-# flowers.
+# is surer than Laplace.
+
+far = torch.tensor([[10.0, 0.0], [0.0, 10.0]])
+before, after = model(far).softmax(1), laplace_softmax(model, X, far, precision=0.3)
+for x, p, q in zip(far.tolist(), before.amax(1), after.amax(1)):
+    print(f"at {x}: softmax {p:.0%} sure, Laplace {q:.0%}")
+
+# %%
+# In the map, color is the largest probability, and points are flowers.
 
 # fold: How the map is drawn
 angle, axis = torch.arange(0, 2 * torch.pi, 0.1), torch.linspace(-8, 8, 41)

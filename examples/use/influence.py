@@ -96,8 +96,8 @@ print(f"Test accuracy {accuracy:.2f}. Gradient norm below 0.01: {norm < 0.01}.")
 #
 # .. math::
 #
-#     \Delta_n = (G - J_n^\top L_n J_n)^{-1} J_n^\top e_n
-#              = G^{-1} J_n^\top (I - L_n J_n G^{-1} J_n^\top)^{-1} e_n
+#     \Delta_n &= (G - J_n^\top L_n J_n)^{-1} J_n^\top e_n \\
+#              &= G^{-1} J_n^\top (I - L_n J_n G^{-1} J_n^\top)^{-1} e_n
 #
 # The first form inverts a ``[P, P]`` matrix for each sample. The second inverts one for
 # all samples, and a ``[C, C]`` matrix for each. For a linear model and the square loss

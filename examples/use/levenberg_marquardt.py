@@ -230,7 +230,8 @@ ax.set_title(
     f"{worst['Levenberg-Marquardt']:.0e} of Levenberg-Marquardt"
 )
 ax.set(xlabel="seconds", ylabel="relative error of the solution")
-ax.legend()
+ax.yaxis.set_major_formatter("{x:g}")
+fig.legend(loc="outside lower center", ncols=3)
 plt.show()
 
 # %%

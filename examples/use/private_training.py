@@ -155,8 +155,8 @@ print("Without the bright image, the clipped sum moves by the bound.")
 #
 # .. math::
 #
-#     R_\alpha = \frac{1}{\alpha - 1} \log \sum_{k=0}^{\alpha}
-#     \binom{\alpha}{k} (1 - q)^{\alpha - k} q^k e^{(k^2 - k) / (2 \sigma^2)}
+#     R_\alpha &= \frac{1}{\alpha - 1} \log \sum_{k=0}^{\alpha} \binom{\alpha}{k} \\
+#     & \quad \times (1 - q)^{\alpha - k} q^k e^{(k^2 - k) / (2 \sigma^2)}
 #
 # Divergences of steps add up, and each order gives a bound on epsilon (`Balle et al.,
 # 2020 <https://arxiv.org/abs/1905.09982>`_). The least is the price.

@@ -162,6 +162,7 @@ for c, color in enumerate(["#E69F00", "#56B4E9", "#009E73"]):
     ax.plot(steps, lines[:, c], color=color, linewidth=4, label=f"digit {keep[c]}")
     ax.plot(steps, dots[:, c], "k.", markersize=7)
 ax.set(xscale="log", xlabel="steps of gradient descent", ylabel="output for an image")
+ax.xaxis.set_major_formatter("{x:g}")
 gap = (lines - dots).abs().max()
 ax.set_title(f"Training (lines) and prediction (dots):\nat most {gap:.2f} apart")
 ax.legend()
@@ -211,6 +212,9 @@ for i, (label, color) in enumerate([("NTK", "#0072B2"), ("linear model", "#D55E0
     ax.fill_between(widths, values.amin(1), values.amax(1), color=color, alpha=0.25)
     ax.loglog(widths, values.mean(1), "o-", color=color, label=label)
 ax.set(xlabel="width", ylabel="error after training")
+ax.set_xticks(widths, widths)
+ax.set_yticks([0.05, 0.1, 0.2, 0.4], ["5 %", "10 %", "20 %", "40 %"])
+ax.minorticks_off()
 ax.set_title(
     f"Error of the prediction:\n{results[0, :, 0].mean():.0%} at width {widths[0]}, "
     f"{results[-1, :, 0].mean():.0%} at {widths[-1]}"
