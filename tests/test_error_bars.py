@@ -274,3 +274,18 @@ def test_the_universal_jacobian_takes_the_place_of_the_recipe(page, taught):
 def test_iris_is_less_sure_far_away(page):
     near, far = page["near"], page["far"]  # Laplace's, the last of the two
     assert 0.9 < near < 0.97 and far < 0.9
+
+
+@pytest.mark.parametrize("kind", ["full_backward_hook", "backward_hook"])
+@pytest.mark.filterwarnings("ignore:.*non-full backward hooks")
+def test_hooks_of_modules_change_no_bar(page, kind):
+    torch.manual_seed(0)
+    model, X, X_new = net(4, 5, 3), torch.randn(11, 4), torch.randn(7, 4)
+    Y = model(X).detach() + 0.3 * torch.randn(11, 3)
+    bars, fit = page["error_bars"](model, X, Y, X_new)
+    probabilities = page["laplace_softmax"](model, X, X_new, 0.5)
+    register = getattr(model[2], f"register_{kind}")
+    hook = register(lambda layer, to_inputs, to_outputs: (to_inputs[0] / 2,))
+    assert_close(page["error_bars"](model, X, Y, X_new)[0], bars)
+    assert_close(page["laplace_softmax"](model, X, X_new, 0.5), probabilities)
+    assert hook.id in model[2]._backward_hooks

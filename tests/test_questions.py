@@ -175,7 +175,7 @@ def test_both_ways_to_the_spectrum_agree(start):
 
 
 def test_derivative_of_a_complex_module_is_the_conjugate_of_autograd(start):
-    _, lines = entry_blocks("``RuntimeError: jacrev: Expected all outputs to be real")
+    *_, lines = entry_blocks("``RuntimeError: jacrev: Expected all outputs to be real")
     exec(lines, start)
     fs = start["model"](start["Z"])
     one = torch.ones((), dtype=fs.dtype)
@@ -183,6 +183,16 @@ def test_derivative_of_a_complex_module_is_the_conjugate_of_autograd(start):
     for block, row in zip(start["derivative"].values(), rows, strict=True):
         assert_close(block[4, 2], row.conj())
     assert_close(start["derivative"]["weight"][4, 2, 2], start["Z"][4])
+
+
+def test_real_inputs_and_complex_outputs_are_as_from_autograd(start):
+    _, lines, _ = entry_blocks("``RuntimeError: jacrev: Expected all outputs to be real")
+    exec(lines, start)
+    fs, params = start["model"](start["X"]), list(start["model"].parameters())
+    for place, part in enumerate((fs.real, fs.imag)):
+        rows = torch.autograd.grad(part[4, 0], params, retain_graph=True)
+        for block, row in zip(start["J"].values(), rows, strict=True):
+            assert_close(torch.view_as_complex(block)[4, 0, place], row)
 
 
 def test_module_hooks_leave_the_jacobian_as_it_is(start):

@@ -9,6 +9,9 @@ is called the linearized Laplace approximation.
 """
 
 # fold: Imports
+import warnings
+from contextlib import contextmanager
+
 import matplotlib.pyplot as plt
 import torch
 from scipy.stats import spearmanr
@@ -49,16 +52,42 @@ def vmap_jacrev(model, X):
     return vmap(jacrev(f), (None, 0))(params, X)
 
 
+@contextmanager
+def unchanged(model):
+    """Ignore warnings, and put back what a call of the model changes."""
+    values = [v for m in model.modules() for v in (vars(m), *vars(m).values())]
+    containers = [(v, v.copy()) for v in values if isinstance(v, (dict, list, set))]
+    tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            # A reentrant checkpoint would hide its parameters from the gradient.
+            warnings.filterwarnings("error", "None of the inputs have requires_grad")
+            for module in model.modules():
+                module._backward_hooks.clear()  # they could change the gradient
+                module._backward_pre_hooks.clear()
+                if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                    module.sparse = False  # vmap takes no sparse gradient
+            yield
+    finally:
+        for now, before in containers:
+            now.clear()
+            (now.extend if isinstance(now, list) else now.update)(before)
+        for now, before in tensors:
+            if not torch.equal(now, before):
+                now.data.copy_(before)
+
+
 def linearized(model, X):
     """Return ``fs [N, C]``, ``J [N, C, P]`` and ``theta [P]``, without a graph."""
     theta = [p.detach().flatten() for p in model.parameters() if p.requires_grad]
     if not theta:
         raise ValueError("no parameter of the model requires a gradient")
-    fs = model(X)
-    if not isinstance(fs, torch.Tensor) or fs.ndim != 2 or len(fs) != len(X):
-        got = list(fs.shape) if isinstance(fs, torch.Tensor) else type(fs).__name__
-        raise ValueError(f"model(X) must be a tensor [N={len(X)}, C], but is {got}")
-    J = torch.cat([J.flatten(2) for J in vmap_jacrev(model, X).values()], 2)
+    with unchanged(model):
+        fs = model(X)
+        if not isinstance(fs, torch.Tensor) or fs.ndim != 2 or len(fs) != len(X):
+            got = list(fs.shape) if isinstance(fs, torch.Tensor) else type(fs).__name__
+            raise ValueError(f"model(X) must be a tensor [N={len(X)}, C], but is {got}")
+        J = torch.cat([J.flatten(2) for J in vmap_jacrev(model, X).values()], 2)
     return fs.detach(), J, torch.cat(theta)
 
 
