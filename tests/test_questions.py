@@ -186,7 +186,9 @@ def test_derivative_of_a_complex_module_is_the_conjugate_of_autograd(start):
 
 
 def test_real_inputs_and_complex_outputs_are_as_from_autograd(start):
-    _, lines, _ = entry_blocks("``RuntimeError: jacrev: Expected all outputs to be real")
+    _, lines, _ = entry_blocks(
+        "``RuntimeError: jacrev: Expected all outputs to be real"
+    )
     exec(lines, start)
     fs, params = start["model"](start["X"]), list(start["model"].parameters())
     for place, part in enumerate((fs.real, fs.imag)):
