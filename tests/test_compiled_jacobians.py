@@ -109,6 +109,15 @@ def test_error_of_a_compiled_convolution_with_a_dynamic_size():
         compiled(params, torch.rand(N, 2, 6))
 
 
+@pytest.mark.skipif(torch.__version__ >= "2.14", reason="said of 2.13 only")
+def test_error_of_a_compiled_convolution_with_a_mark():
+    jacobian, params = recipe(nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten()))
+    X = torch.rand(N, 2, 6)
+    torch._dynamo.mark_dynamic(X, 0)
+    with pytest.raises(Exception, match="Constraints violated"):
+        torch.compile(jacobian, backend="aot_eager")(params, X)
+
+
 def test_no_compiler_is_no_crash(tmp_path):
     """Without a C++ compiler, the page traces, and says so."""
     env = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": str(tmp_path)}

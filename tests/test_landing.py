@@ -57,6 +57,11 @@ def answer(form):
         ({}, "689 MB", "fits, with about 1.38 GB at the peak: take vmap(jacrev)"),
         ({"N": 7, "C": 3, "P": 5, "bytes": "float64"}, "840 bytes", "fits, with"),
         ({"N": 7, "C": 3, "P": 50}, "4.2 kB", "fits, with"),
+        (
+            {"N": 3, "C": 2, "P": 500},
+            "12 kB",
+            "fits, with about 24 kB at the peak: take is_grads_batched",
+        ),
         ({"N": 1, "C": 3, "P": 333333}, "4 MB", "fits, with"),
         ({"N": 1, "C": 1, "P": 249999999}, "1 GB", "fits, with"),
         ({"N": 128, "P": "1e6", "memory": 8}, "5.12 GB", "fits once: allocate it"),

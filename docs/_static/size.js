@@ -2,6 +2,7 @@
 const form = document.querySelector("form.size");
 const output = form.querySelector("output");
 const link = (page, text) => `<a href="auto_examples/scale/${page}"><u>${text}</u></a>`;
+const grads = link("../compute/torch_func_jacobians.html#the-whole-batch-at-once-jacrev-autograd-grad-jacobian", "is_grads_batched");
 const batched = link("universal_jacobian.html#shortest-use", "batched_jacobian");
 const chunks = link("jacobians_without_memory.html#chunks-of-samples-and-outputs", "chunks");
 const products = link("jacobians_without_memory.html#products-with-j-and-its-transpose", "products");
@@ -49,7 +50,8 @@ function answer() {
   const [made, written] = PEAKS[form.elements.kind.value];
   const takes = `J takes ${shown(size)} and`;
   const peak = `${shown(made * size)} at the peak`;
-  if (made * size <= limit) return `${takes} fits, with about ${peak}: take vmap(jacrev) or ${batched}. With few weights or large images, ${measure}.`;
+  const method = value.N * value.C <= 10 ? grads : "vmap(jacrev)";
+  if (made * size <= limit) return `${takes} fits, with about ${peak}: take ${method} or ${batched}. With few weights or large images, ${measure}.`;
   if (written * size <= limit) return `${takes} fits once: allocate it first, then write into it with ${batched} and out=, or in ${chunks}.`;
   return size <= limit
     ? `${takes} fits once, but not what a method needs beside it: allocate it first, then write into it in ${chunks}.`

@@ -316,7 +316,7 @@ draw(times, title, "time as a multiple of the fastest")
 # Peak memory
 # -----------
 # What is not the Jacobian is mostly cotangents: in a CNN many pixels share a parameter,
-# so they can be larger. Then compute a few samples at a time, as
+# so they can be larger than it. Then compute a few samples at a time, as
 # ``scale/jacobians_without_memory.py`` does.
 
 most = max(peak for row in memory.values() for peak in row.values())

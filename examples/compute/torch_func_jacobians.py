@@ -354,7 +354,7 @@ print("The last layer agrees, and so does the outer product.")
 # ``[C, N, D_in]``, holds the same numbers. Parameters belong to all samples: with them,
 # this trick returns the sum of the Jacobians, and the sample axis is lost.
 
-J_X = vmap(jacrev(f, 1), (None, 0))(params, X)  # by x, without a graph
+J_X = vmap(jacrev(f, 1), (None, 0))(params, X)  # by x; of X.detach(), if it has a graph
 full = jacobian(model, X)
 leaf = nn.Parameter(X)
 fs = model(leaf)

@@ -25,10 +25,12 @@ from torch.utils.benchmark.utils.timer import timer
 # %%
 # The recipe, compiled
 # --------------------
-# ``torch.compile`` goes around the whole recipe, the function ``jacobian(params, X)``
-# that ``vmap(jacrev(f), (None, 0))`` returns. The Jacobian ``J`` has shape
-# ``[N, C, *p.shape]`` for each parameter ``p``, as before, and the same numbers. The
-# first call compiles. ``mark_dynamic`` lets any number of samples use the result.
+# ``torch.compile(vmap(jacrev(f), (None, 0)))`` goes around the whole recipe, here the
+# function ``jacobian(params, X)``. The Jacobian ``J`` has shape ``[N, C, *p.shape]``
+# for each parameter ``p``, as before, and the same numbers, also for new parameters.
+# The first call compiles. ``mark_dynamic`` lets any number of samples use the result.
+# With convolutions it raises in PyTorch 2.13 (``Constraints violated``): leave it away,
+# and pass ``dynamic=False``.
 
 # fold: The recipe, the reference, and where the compiler is and writes
 
@@ -154,8 +156,9 @@ plt.show()
 # New sizes
 # ---------
 # Without a mark, the second ``N`` compiles again, and then for all ``N``. Convolutions
-# compile for each ``N``. To notice it, forbid it. ``backend="aot_eager"`` records the
-# operations and compiles none: it takes no C++ compiler, and no time to compile.
+# compile for each ``N``. To notice that it compiles again, forbid it.
+# ``backend="aot_eager"`` only records the operations, without a C++ compiler. It gains
+# what ``vmap`` and ``jacrev`` do in Python.
 
 cnn = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4))
 images = torch.rand(7, 1, 8, 8)
@@ -245,7 +248,7 @@ torch.set_num_threads(threads)
 # - Compile a small Jacobian that you take tens of thousands of times, with the same
 #   sizes. Otherwise the first call costs more than it gains.
 # - Compile the Jacobian, not the model in it.
-# - For several models, and for convolutions, pass ``dynamic=False``.
+# - For several models, and for convolutions, pass ``dynamic=False``, without a mark.
 #
 # Next: ``scale/checkpoints_and_growing_memory.py`` is on memory instead of time. The
 # alternative: ``scale/layer_structure.py`` is faster where ``J`` is large.

@@ -318,9 +318,10 @@ def check_jacobian(model, X, jacobian, seed=0):
 # --------------
 # Download ``check_jacobian.py``: ``from check_jacobian import LIMIT, check_jacobian``.
 # Put in your model, your ``X`` of shape ``[N, ...]``, and your Jacobian as
-# ``{name: [N, C, *p.shape]}``: of a list of blocks that is
-# ``dict(zip(dict(model.named_parameters()), blocks))``. A model with random numbers has
-# to be in ``eval()``.
+# ``{name: [N, C, *p.shape]}``. If you have a list of blocks, take
+# ``dict(zip(dict(model.named_parameters()), blocks))``. An error is counted in
+# roundings of your dtype, and up to ten pass. A model with random numbers has to be in
+# ``eval()``.
 
 model, X = mlp(12, 20, 8, 4), torch.rand(16, 12)
 J = vmap_jacrev(model, X)
@@ -328,6 +329,15 @@ errors = check_jacobian(model, X, J)
 for name, error in errors.items():
     print(f"{name}: {error:.1f} roundings")
 assert max(errors.values()) < LIMIT
+
+# %%
+# A flat Jacobian ``[N, C, P]`` becomes such a dictionary in three lines:
+
+flat = torch.cat([block.flatten(2) for block in J.values()], 2)  # yours
+params = dict(model.named_parameters())
+parts = flat.split([p.numel() for p in params.values()], 2)
+J = {k: b.reshape(*b.shape[:2], *p.shape) for (k, p), b in zip(params.items(), parts)}
+assert check_jacobian(model, X, J) == errors
 
 # %%
 # A wrong block raises, with its name and its error. Here it lacks one percent.

@@ -65,7 +65,9 @@ assert largest_error(J, exact) < 1e-5
 # A number has 24 significant bits in ``float32``, 11 in ``float16`` and 8 in
 # ``bfloat16``: 7, 3 and 2 digits. A model in 16 bits rounds its parameters and each
 # result. Under ``autocast`` they stay ``float32``, and products round to 16 bits. The
-# Jacobian is ``float32`` then, and has no more digits than the products.
+# Jacobian is ``float32`` then, and has no more digits than the products, or fewer where
+# ReLUs switch. In a training loop under ``autocast``, put the Jacobian in
+# ``with torch.autocast(X.device.type, enabled=False)``.
 #
 # We take an MLP and a CNN with ReLU. The reference is one backward pass in ``float64``
 # for each output of each sample.
