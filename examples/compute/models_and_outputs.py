@@ -270,8 +270,9 @@ print(f"N = 8, C = 21, 512 x 512, P = {P}: {8 * 21 * 512**2 * P * 4 / 1e12:.0f} 
 # keyword arguments, each with a batch axis of length 1. Here an encoder in ``eval()``
 # has a padding mask. Its fast path has no rule under ``vmap`` (``Batching rule not
 # implemented for aten::_nested_tensor_from_mask``): ``enable_nested_tensor=False``, or
-# turn it off as ``trust/sequence_models.py`` does. ``MATH`` takes the attention in
-# plain operations, for which ``vmap`` has rules. ``jacrev`` takes no keyword arguments.
+# for a model that you have ``torch.backends.mha.set_fastpath_enabled(False)``. ``MATH``
+# takes the attention in plain operations, for which ``vmap`` has rules. Rows at the
+# padding mean nothing. ``jacrev`` takes no keyword arguments.
 
 layer = nn.TransformerEncoderLayer(E, 2, 10, batch_first=True)
 encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()

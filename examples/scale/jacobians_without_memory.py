@@ -416,14 +416,22 @@ def autograd_loop(model, X):
 
 
 # %%
-# Both the samples and the outputs can be split, and the last chunks may be smaller.
+# With a plan, each chunk has the rows of as many samples as fit.
 
 N, C = 6, 4
 model, X = mlp(9, 8, 7, C), torch.rand(N, 9)
+plan = memory_plan(model, X, available=20e3)
+for n, c, chunk in jacobian_chunks(model, X, size=(plan["samples"], C)):
+    print(f"Rows of samples {n.start} to {n.start + len(chunk['0.bias']) - 1}")
+    del chunk  # else it is still there while the next one is computed
+
+# %%
+# Both the samples and the outputs can be split, and the last chunks may be smaller.
+
 J = autograd_loop(model, X)
 for n, c, chunk in jacobian_chunks(model, X, size=(4, 3)):
     assert_close(chunk, {name: block[n, c] for name, block in J.items()})
-    del chunk  # else it is still there while the next one is computed
+    del chunk
 print("Chunks of 4 samples and 3 outputs are parts of J.")
 
 mixing = nn.Sequential(nn.Linear(9, C), nn.Softmax(dim=0))

@@ -337,7 +337,7 @@ flat = torch.cat([block.flatten(2) for block in J.values()], 2)  # yours
 params = dict(model.named_parameters())
 parts = flat.split([p.numel() for p in params.values()], 2)
 J = {k: b.reshape(*b.shape[:2], *p.shape) for (k, p), b in zip(params.items(), parts)}
-assert check_jacobian(model, X, J) == errors
+assert max(check_jacobian(model, X, J).values()) < LIMIT
 
 # %%
 # A wrong block raises, with its name and its error. Here it lacks one percent.

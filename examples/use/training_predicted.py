@@ -24,7 +24,8 @@ from torch.testing import assert_close
 # expansion describes it. With the square loss, the outcome is then one linear solve
 # with the empirical neural tangent kernel (NTK): the inner products of the rows of the
 # Jacobian, of shape ``[N, C, N, C]``. The network tells images of the digits 3, 5 and 8
-# apart: ``N = 60`` samples to train, ``M = 100`` to test, ``C = 3`` outputs.
+# apart: ``N = 60`` samples to train, ``M = 100`` to test, ``C = 3`` outputs. For the
+# kernel alone, there is ``scale/neural_tangent_kernel.py``.
 
 torch.set_default_dtype(torch.float64)
 threads = torch.get_num_threads()
