@@ -421,7 +421,7 @@ def autograd_loop(model, X):
 N, C = 6, 4
 model, X = mlp(9, 8, 7, C), torch.rand(N, 9)
 plan = memory_plan(model, X, available=20e3)
-for n, c, chunk in jacobian_chunks(model, X, size=(plan["samples"], C)):
+for n, _, chunk in jacobian_chunks(model, X, size=(plan["samples"], C)):
     print(f"Rows of samples {n.start} to {n.start + len(chunk['0.bias']) - 1}")
     del chunk  # else it is still there while the next one is computed
 
