@@ -633,9 +633,9 @@ shown = "vmap(jacrev)", "BatchGrad", "SqrtGGNExact"
 print(f"layer: {', '.join(shown)}")
 for name in COMMON:
     found = [results[name, method] for method in shown]
-    words = [word if word in ("right", "wrong") else "error" for word in found]
+    short = [word if word in ("right", "wrong") else "error" for word in found]
     title = f"Conv2d, {name}" if name in ("groups=2", "depthwise") else name
-    print(f"{title}: {', '.join(words)}")
+    print(f"{title}: {', '.join(short)}")
 
 # %%
 # All verdicts in a picture
