@@ -35,7 +35,7 @@ LARGE = {
 }
 FEW = "``N * C`` of at most ten", "`is_grads_batched <", "is_grads_batched"
 MOST = "Most models, CNNs among them", "`vmap(jacrev) <", "vmap(jacrev)"
-WIDE = "Wide linear layers, at every step", "``out=``", "batched_jacobian, out="
+WIDE = "MLP with wide layers, at every step", "``out=``", "batched_jacobian, out="
 GUIDE = {  # case of the benchmark page: its row of the guide, what that names, and how
     "small MLP, N = 2, C = 1": FEW,  # this file calls it
     "small MLP, N = 32, C = 5": MOST,

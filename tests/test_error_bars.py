@@ -127,7 +127,18 @@ def test_precision_is_the_hessian_of_the_linear_model(page, precision):
     assert_close(H, hessian(loss, torch.zeros_like(theta)))
 
 
+def test_samples_in_chunks_are_all_samples(page):
+    torch.manual_seed(0)
+    model, X, X_new = net(4, 5, 3), torch.randn(150, 4), torch.randn(70, 4)
+    fs, J, _ = page["linearized"](model, X)
+    H = page["softmax_precision"](J, fs, 0.5)
+    fs, J, _ = page["linearized"](model, X_new)
+    expected = page["confidence"](J, fs, page["draws_of_parameters"](H, 500))
+    assert_close(page["laplace_softmax"](model, X, X_new, 0.5), expected)
+
+
 def test_confidence_is_the_integral(page):
+    drawn = page["draws_of_parameters"]
     torch.manual_seed(7)
     model, X = net(3, 4, 2), torch.randn(6, 3)
     J, theta = dense_jacobian(model, X)
@@ -141,12 +152,13 @@ def test_confidence_is_the_integral(page):
     logits = (fs[:, 0] - fs[:, 1])[:, None] + sd[:, None] * points
     exact = (logits.sigmoid() * weights).sum(1) / weights.sum()
     assert_close(
-        page["confidence"](J, fs, S.inverse(), draws=40000)[:, 0],
+        page["confidence"](J, fs, drawn(S.inverse(), 40000))[:, 0],
         exact,
         rtol=0,
         atol=0.003,
     )
-    assert_close(page["confidence"](J, fs, 1e20 * S.inverse()), fs.softmax(1))
+    sure = drawn(1e20 * S.inverse(), 500)
+    assert_close(page["confidence"](J, fs, sure), fs.softmax(1))
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -297,14 +297,15 @@ for name, (model, X) in large.items():
 # %%
 # Chunks of samples and outputs
 # -----------------------------
-# ``jacobian_chunks`` yields one part of ``J`` after the other, each checked against a
-# gradient of its own samples before you get it. Where samples influence each other, as
-# in a softmax over the batch, a chunk is no part of ``J``: ``samples_apart`` finds that
-# out before the first chunk. It compares the gradient of two chunks with those of each,
-# so all samples are never there at once. With a ``plan``
-# from above, ``size=(plan["samples"], C)`` fits; if that is 0, take one sample and
-# fewer outputs. The plan counts what PyTorch allocates; leave some memory to the
-# system.
+# ``from memory_plan import jacobian_chunks, memory_plan``. The first yields one part of
+# ``J`` after the other, each checked against a gradient of its own samples before you
+# get it. With a ``plan`` from above, ``size=(plan["samples"], C)`` fits; if that is 0,
+# take one sample and fewer outputs. The plan counts what PyTorch allocates; leave some
+# memory to the system.
+#
+# Where samples influence each other, as in a softmax over the batch, a chunk is no part
+# of ``J``: ``samples_apart`` finds that out before the first chunk. It compares the
+# gradient of two chunks with those of each, so all samples are never there at once.
 
 # fold: errors_of_chunks, samples_apart and checked_rows
 

@@ -613,9 +613,10 @@ for method in methods:
 # %%
 # Common layers
 # -------------
-# The verdicts for layers that most people ask about, in double precision. An error may
-# be a warning, after which a block is missing. An LSTM or RNN has one layer and one
-# direction here: ``trust/sequence_models.py`` has its limits.
+# The verdicts for layers that most people ask about, in double precision: that of
+# ``vmap(jacrev)``, and of BackPACK's ``BatchGrad`` and ``SqrtGGNExact``. An error may
+# be a warning, after which a block is missing. An LSTM or RNN has one layer, one
+# direction and no initial state here: ``trust/sequence_models.py`` has its limits.
 
 # fold: The names, and how they are printed
 COMMON = [
@@ -630,12 +631,11 @@ COMMON += ["AdaptiveAvgPool2d", "BatchNorm2d, eval", "GroupNorm", "Embedding", "
 COMMON += ["RNN", "LSTM", "GRU", "MultiheadAttention", "TransformerEncoderLayer, eval"]
 COMMON += ["Dropout, eval", "F.relu", "skip", "layer called twice"]
 shown = "vmap(jacrev)", "BatchGrad", "SqrtGGNExact"
-print(f"layer: {', '.join(shown)}")
 for name in COMMON:
     found = [results[name, method] for method in shown]
     short = [word if word in ("right", "wrong") else "error" for word in found]
     title = f"Conv2d, {name}" if name in ("groups=2", "depthwise") else name
-    print(f"{title}: {', '.join(short)}")
+    print(f"{title}: vmap {short[0]}; BackPACK {short[1]}, {short[2]}")
 
 # %%
 # All verdicts in a picture

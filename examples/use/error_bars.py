@@ -258,7 +258,9 @@ print(f"{list(H.shape)} and a Gaussian process of {len(J)} rows give the same ba
 # ``weight_decay`` of SGD or Adam, ``precision`` is ``N * weight_decay``; if you train
 # without, choose it on held-out data. The matrix takes ``8 P ** 2`` bytes, which fits
 # for some 10 000 parameters. For larger networks require gradients of the last layer
-# alone: ``model.requires_grad_(False)``, ``model.fc.requires_grad_(True)``.
+# alone: ``model.requires_grad_(False)``, ``model.fc.requires_grad_(True)``. Then ``from
+# uncertainty import laplace_softmax``, and call it with all training samples, which it
+# takes in chunks.
 #
 # The second derivatives of cross-entropy by the outputs are ``diag(p) - p p^T``,
 # whatever the labels are. ``J`` carries them to the parameters: the generalized
@@ -275,13 +277,19 @@ def softmax_precision(J, fs, precision):
     return H + precision * torch.eye(len(H)).to(H)
 
 
-def confidence(J, fs, H, draws=500):
-    """Return mean probabilities ``[N, C]`` for parameters with precision ``H``."""
+def draws_of_parameters(H, draws):
+    """Return ``[P, draws]``: normal numbers with the precision ``H``."""
     generator = torch.Generator().manual_seed(0)
     draw = torch.randn(len(H), draws, generator=generator, device="cpu").to(H)
-    L = torch.linalg.cholesky(H)
-    change = torch.linalg.solve_triangular(L.mT, draw, upper=True).to(J)
-    return (fs[..., None] + J @ change).softmax(1).mean(2)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(H).mT, draw, upper=True)
+
+
+def confidence(J, fs, changes):
+    """Return mean probabilities ``[N, C]`` for changes ``[P, draws]`` of parameters."""
+    return (fs[..., None] + J @ changes.to(J)).softmax(1).mean(2)
+
+
+AT_ONCE = 64  # samples whose rows are in memory
 
 
 def laplace_softmax(model, X, X_new, precision, draws=500):
@@ -289,18 +297,24 @@ def laplace_softmax(model, X, X_new, precision, draws=500):
 
     The model returns logits ``[N, C]``, is trained on ``X [N, ...]`` with the summed
     cross-entropy plus ``precision / 2`` times the squared norm of its parameters, and
-    is in eval mode. Needs memory for a matrix ``[P, P]``. Raises ``ValueError`` if a
-    shape or a number does not fit, and what ``vmap`` raises.
+    is in eval mode. Needs memory for a matrix ``[P, P]`` and the rows of ``AT_ONCE``
+    samples. Raises ``ValueError`` if a shape or a number does not fit, and what
+    ``vmap`` raises.
     """
     if not (precision > 0 and draws > 0):
         raise ValueError(f"{precision=} and {draws=} must be positive")
     refuse_other_samples(X, X_new)
-    fs, J, _ = linearized(model, X)
-    if fs.shape[1] < 2:
-        raise ValueError(f"model(X) has shape {list(fs.shape)}: a softmax needs C > 1")
-    H = softmax_precision(J.double(), fs.double(), precision)
-    fs, J, _ = linearized(model, X_new)
-    return confidence(J, fs, H, draws)
+    H = 0
+    for x in X.split(AT_ONCE):
+        fs, J, _ = linearized(model, x)
+        if fs.shape[1] < 2:
+            got = f"model(X) has shape [{len(X)}, {fs.shape[1]}]"
+            raise ValueError(f"{got}: a softmax needs C > 1")
+        H = H + softmax_precision(J.double(), fs.double(), precision=0)
+    H.diagonal().add_(precision)
+    changes = draws_of_parameters(H, draws)
+    new = (linearized(model, x) for x in X_new.split(AT_ONCE))
+    return torch.cat([confidence(J, fs, changes) for fs, J, _ in new])
 
 
 # %%
