@@ -277,7 +277,7 @@ def vmap_jacrev(model, X):
     return vmap(jacrev(f), (None, 0))(params, X)
 
 
-def interleaved_medians(calls, *args, repeats=5):
+def interleaved_medians(calls, *args, repeats=3):
     """Return ``{name: seconds}``, medians over calls that take turns."""
     times = {name: [] for name in calls}
     for _ in range(repeats):
