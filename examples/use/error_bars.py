@@ -289,6 +289,9 @@ def confidence(J, fs, changes):
     return (fs[..., None] + J @ changes.to(J)).softmax(1).mean(2)
 
 
+# %%
+# With these, the function goes through the samples in chunks.
+
 AT_ONCE = 64  # samples whose rows are in memory
 
 

@@ -151,6 +151,9 @@ def levenberg_marquardt(model, X, steps, mu=1.0, tries=30, log=lambda: None):
     return history, refused
 
 
+# %%
+# It trains the network from above.
+
 model, steps = pinn(seed=0), 30
 history, refused = levenberg_marquardt(model, X, steps)
 print(f"{len(history)} steps, {refused} tries refused, error {error(model):.0e}")
