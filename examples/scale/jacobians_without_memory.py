@@ -423,7 +423,7 @@ N, C = 6, 4
 model, X = mlp(9, 8, 7, C), torch.rand(N, 9)
 plan = memory_plan(model, X, available=20e3)
 for n, _, chunk in jacobian_chunks(model, X, size=(plan["samples"], C)):
-    print(f"Rows of samples {n.start} to {n.start + len(chunk['0.bias']) - 1}")
+    print(f"Samples {n.start} to {n.stop - 1}: {len(chunk)} blocks of rows")
     del chunk  # else it is still there while the next one is computed
 
 # %%

@@ -653,7 +653,8 @@ def write_ntk(model, X, out, samples):
 
 
 # %%
-# ``from ntk import write_ntk``:
+# ``from ntk import write_ntk``. For the trace of a large kernel that is
+# ``write_ntk(model, X, torch.empty(N, N), samples=100)``. Here both forms are checked:
 
 case, X_case, _ = cases["words"]
 K = ntk(case, X_case)

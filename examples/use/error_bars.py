@@ -259,8 +259,8 @@ print(f"{list(H.shape)} and a Gaussian process of {len(J)} rows give the same ba
 # without, choose it on held-out data. The matrix takes ``8 P ** 2`` bytes, which fits
 # for some 10 000 parameters. For larger networks require gradients of the last layer
 # alone: ``model.requires_grad_(False)``, ``model.fc.requires_grad_(True)``. Then ``from
-# uncertainty import laplace_softmax``, and call it with all training samples, which it
-# takes in chunks.
+# uncertainty import laplace_softmax``, and ``laplace_softmax(model.eval(), X, X_new,
+# precision)`` with all training samples ``X``, which it takes in chunks.
 #
 # The second derivatives of cross-entropy by the outputs are ``diag(p) - p p^T``,
 # whatever the labels are. ``J`` carries them to the parameters: the generalized
