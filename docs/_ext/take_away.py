@@ -141,11 +141,16 @@ def write_files(app):
             (folder / f"{name}.py").write_text(text)
 
 
-def link(name, docname):
-    """Return the link from a page to a file, and what there is to know about it."""
+def link(name, docname, text):
+    """Return the link from a page to a file."""
     uri = f"{'../' * docname.count('/')}{FOLDER}/{name}.py"
+    return f'<a href="{uri}" download>{text}</a>'
+
+
+def link_with_facts(name, docname):
+    """Return the link from a page to a file, and what there is to know about it."""
     code = f"{CODE}{name}.py</code>"
-    return f'<a href="{uri}" download>{code}</a> ({FILES[name]["facts"]})'
+    return f"{link(name, docname, code)} ({FILES[name]['facts']})"
 
 
 def offer(app, document):
@@ -155,15 +160,16 @@ def offer(app, document):
         if docname != GALLERY + file["tutorial"]:
             continue
         (byline,) = (p for p in document.findall(nodes.paragraph) if is_byline(p))
-        uri = f"{'../' * docname.count('/')}{FOLDER}/{name}.py"
-        html = f'<a href="{uri}" download>{name}.py</a> '
+        html = link(name, docname, f"{name}.py") + " "
         byline.insert(-1, nodes.raw("", html, format="html"))
         pattern = rf"^(def|class) ({'|'.join(file['functions'])})\b"
         blocks = document.findall(nodes.literal_block)
         block = next(b for b in blocks if re.search(pattern, b.astext(), re.MULTILINE))
         cell = block.parent if isinstance(block.parent, details) else block
         code = f"{CODE}from {name} import {', '.join(file['functions'])}</code>"
-        html = f"In one file, with what it needs: {link(name, docname)}. {code}"
+        html = (
+            f"In one file, with what it needs: {link_with_facts(name, docname)}. {code}"
+        )
         html = f'<p class="take-away" id="take-{name}">{html}</p>'
         cell.parent.insert(cell.parent.index(cell), nodes.raw("", html, format="html"))
 
@@ -178,7 +184,8 @@ class TakeAway(Directive):
             env.note_dependency(str(EXAMPLES / f"{file['tutorial']}.py"))
             page = f"{'../' * env.docname.count('/')}{GALLERY}{file['tutorial']}.html"
             title = f'<a href="{page}#take-{name}">{escape(file["title"])}</a>'
-            said = f"{link(name, env.docname)}, from {title}. {file['says']}"
+            linked = link_with_facts(name, env.docname)
+            said = f"{linked}, from {title}. {file['says']}"
             if others := file["functions"][1:]:
                 codes = (f"{CODE}{other}</code>" for other in others)
                 said += f" With {', '.join(codes)}."
