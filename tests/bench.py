@@ -23,6 +23,7 @@ os.environ["KINETO_LOG_LEVEL"] = "6"  # keep the profiler from writing to stderr
 import torch
 from definitions import Definitions
 from field import FIELD, mlp, vmap_jacrev
+from torch.func import functional_call, jacrev, vmap
 
 ROOT = Path(__file__).parents[1]
 THREADS = int(sys.argv[1]) if sys.argv[1:] else 1
@@ -35,7 +36,11 @@ LARGE = {
 }
 FEW = "``N * C`` of at most ten", "`is_grads_batched <", "is_grads_batched"
 MOST = "Most models, CNNs among them", "`vmap(jacrev) <", "vmap(jacrev)"
-WIDE = "MLP with wide layers, at every step", "``out=``", "batched_jacobian, out="
+WIDE = (
+    "MLP with layers of a hundred units or more, at every step",
+    "``out=``",
+    "batched_jacobian, out=",
+)
 GUIDE = {  # case of the benchmark page: its row of the guide, what that names, and how
     "small MLP, N = 2, C = 1": FEW,  # this file calls it
     "small MLP, N = 32, C = 5": MOST,
@@ -183,6 +188,27 @@ for title, make in (LARGE | FIELD).items():
 bound("checked / vmap(jacrev), the median", statistics.median(slow), most=1.3)
 del J, calls
 
+print("\nCNNs: vmap(jacrev) with chunk_size=10")
+
+
+def in_chunks(model, X):
+    params = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+
+    def f(params, x):  # of one sample
+        return functional_call(model, params, x[None])[0]
+
+    return vmap(jacrev(f), (None, 0), chunk_size=10)(params, X)
+
+
+for title in "CNN", "CNN, pooled", "CNN, 7 layers":
+    model, X = FIELD[title]()
+    calls = {"at once": (vmap_jacrev, model, X), "in chunks": (in_chunks, model, X)}
+    value, text = ratio(turns(calls), "in chunks", "at once")
+    bound(f"{title}, in chunks / at once, time {text}", value, most=1.1)
+    peaks = {name: peak_bytes(*call) for name, call in calls.items()}
+    value = peaks["in chunks"] / peaks["at once"]
+    bound(f"{title}, in chunks / at once, peak", value, most=0.7)
+
 print("\nNeural tangent kernel")
 kernels = names("scale/neural_tangent_kernel")
 cnn = kernels["small_cnn"](17, 10), torch.rand(128, 1, 8, 8)
@@ -200,6 +226,13 @@ for title, (model, X), least, most in (
     bound(f"{title}, kernel from J / ntk, time", value, least)
     value = peaks["ntk"] / peaks["contracted"]
     bound(f"{title}, ntk / kernel from J, peak", value, most=most)
+model, X = FIELD["CNN, pooled"]()
+peaks = {
+    f: peak_bytes(kernels[f], model, X.repeat(4, 1, 1, 1))
+    for f in ("contracted", "ntk")
+}
+value = peaks["ntk"] / peaks["contracted"]
+bound("CNN, pooled, N 128: ntk / kernel from J, peak", value, most=0.5)
 
 print("\nThe guide: the function that it names, and the fastest of all")
 landing = " ".join((ROOT / "docs" / "index.rst").read_text().split())

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 import torch
+from conftest import SITE
 from torch import distributed as dist
 from torch import nn
 from torch.testing import assert_close
@@ -131,12 +132,19 @@ def test_uneven_and_empty_shards_equal_one_process_in_runs_side_by_side(names, e
     launch, model = names["launch"], net(4, 7, 2)
     program = names["FACTORS"] + names["KERNEL"] + names["CHECK"] + SAVE
     many, few = inputs(5, 4), inputs(2, 4)
+    take = f"import sys\nsys.path.append({str(SITE / 'take')!r})\nfrom ntk import ntk\n"
+    by_ntk = names["ROWS"] + take + "K = ntk(model, X_own, X)" + SAVE
+    of_any_model = names["ROWS"] + names["ROWS_OF_KERNEL"]
     with ThreadPoolExecutor() as pool:
-        rows = pool.submit(launch, names["ROWS"], 3, model, many)
+        parts = pool.submit(launch, of_any_model, 3, model, many)
         kernels = pool.submit(launch, program, 3, model, few)
-    rows = [torch.cat([b.flatten(2) for b in J.values()], 2) for J in rows.result()]
+    by_ntk = launch(by_ntk, 2, model, many)
+    parts, any_kernels = zip(*parts.result())
+    rows = [torch.cat([b.flatten(2) for b in J.values()], 2) for J in parts]
     assert [len(part) for part in rows] == [2, 2, 1]
     assert_close(torch.cat(rows), reference(model, many))
+    assert_close(torch.cat(any_kernels), kernel(model, many))
+    assert_close(torch.cat(by_ntk), kernel(model, many))
     assert [len(part) for part in kernels.result()] == [1, 1, 0]
     assert_close(torch.cat(kernels.result()), kernel(model, few))
 

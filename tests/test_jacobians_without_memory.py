@@ -366,7 +366,7 @@ def test_bad_input_raises(message, names):
         next(names["jacobian_chunks"](make(), X.double(), (2, C)))
 
 
-@pytest.mark.parametrize("size", [(-1, 2), (2, -1), (0, 2), (2, 0)])
+@pytest.mark.parametrize("size", [(-1, 2), (2, -1), (0, 2), (2, 0), (2,), 64])
 def test_bad_sizes_raise(size, names):
     model, X = nn.Linear(4, C), torch.rand(N, 4)
     out = {k: torch.zeros(N, C, *p.shape) for k, p in model.named_parameters()}
@@ -386,6 +386,8 @@ def test_bad_shapes_raise_and_name_them(names):
     v = {"weight": torch.rand(C, 4), "bias": torch.rand(4)}
     with pytest.raises(ValueError, match=r"v has the shapes .*'bias': \[4\]"):
         names["jacobian_product"](model, X, v)
+    with pytest.raises(ValueError, match="v must be a dictionary .* but is Tensor"):
+        names["jacobian_product"](model, X, torch.rand(C * 5))
     with pytest.raises(ValueError, match=r"u has the shapes .*\[3, 5\]"):
         names["transposed_product"](model, X, torch.rand(C, N))
     with pytest.raises(ValueError, match=r"out has the shapes \{\}"):

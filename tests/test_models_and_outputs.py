@@ -112,14 +112,17 @@ def test_pixels(seed, names, cell):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_masks(seed, names, cell):
     torch.manual_seed(seed)
-    encoder = nn.TransformerEncoderLayer(6, 3, 5, batch_first=True).eval()
-    tokens, padding = torch.rand(N, T, 6), torch.rand(N, T) > 0.6
+    encoder = names["MaskedEncoder"]().eval()
+    tokens, padding = torch.rand(N, T, 8), torch.rand(N, T) > 0.6
     padding[:, 0] = False
+    t, label = torch.randint(T, (N,)), torch.randint(11, (N,))
+    encoded, one_logit = (cell(f, encoder=encoder) for f in ("encoded", "one_logit"))
     with sdpa_kernel(SDPBackend.MATH):
-        J = rows(cell("encoded", encoder=encoder), encoder, tokens, padding)
-    masks = {"src_key_padding_mask": padding}
-    assert_close(J, reference(encoder, (tokens,), kwargs=masks))
-    trimmed, plain = names["Trimmed"](6, 5), names["Pooled"](6, 5)
+        J = rows(encoded, encoder, tokens, padding)
+        J_one = rows(one_logit, encoder, tokens, padding, t, label)
+    assert_close(J, reference(encoder, (tokens, padding)))
+    assert_close(J_one, {k: block[range(N), t, label] for k, block in J.items()})
+    trimmed, plain = names["Trimmed"](8, 5), names["Pooled"](8, 5)
     plain.load_state_dict(trimmed.state_dict())
     expected = reference(trimmed, (tokens, padding))
     assert_close(reference(plain, (tokens, padding)), expected)
@@ -256,6 +259,7 @@ def test_loop_and_check_can_fail(names, capsys):
 ERRORS = [
     "appears to not have been used in the graph. Set allow_unused=True",
     "KeyError: 0",
+    "vmap: It looks like you're either (1) calling .item() on a Tensor or (2)",
     "got an unexpected keyword argument 'padding'",
     "vmap: It looks like you're attempting to use a Tensor in some data-",
     "vmap: It looks like you're calling .item() on a Tensor.",

@@ -149,6 +149,24 @@ def test_kernel_and_norms_are_right_and_leave_the_model(name, names):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["strides, dilation, padding", "sequence"])
+def test_factors_from_few_samples_at_once_are_the_same(name, names, monkeypatch):
+    make, shape = MODELS[name]
+    model, X = make(), torch.rand(N, *shape)
+    expected = names["ntk"](model, X)
+    monkeypatch.setitem(names["jacobian_factors"].__globals__, "AT_ONCE", 1)
+    assert_close(names["ntk"](model, X), expected)
+
+
+def test_pixels_of_all_samples_are_never_there_at_once(names, taught, monkeypatch):
+    conv = nn.Conv2d(2, 9, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model, X = nn.Sequential(*conv, nn.Linear(9, 20)), torch.rand(60, 2, 50, 50)
+    monkeypatch.setitem(names["jacobian_factors"].__globals__, "AT_ONCE", 2**19)
+    peak = taught("scale/jacobians_without_memory")["peak_bytes"]
+    contracted = peak(names["contracted"], model, X)
+    assert peak(names["ntk"], model, X) < 0.5 * contracted
+
+
 def test_every_case_of_layer_support(names, taught):
     cases = taught("trust/layer_support")["cases"]
     for name, case in cases.items():

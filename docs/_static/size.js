@@ -12,8 +12,10 @@ const pieces = `${chunks} (rows on disk, sums over J), ${products} (J v, J^T u) 
 
 // Of the memory; the rest holds the model, the batch and other programs.
 const USABLE = 0.9;
-// Peaks that were measured, in sizes of J: of a method that returns J, and with out=.
-const PEAKS = { linear: [2, 1], other: [5.7, 3.4] };
+// Peaks that were measured, in sizes of J: of the method that is named for this kind of
+// model, and of batched_jacobian with out=, which needs more than that for the others.
+const PEAKS = { linear: [2, 1], other: [2.1, Infinity] };
+const METHODS = { linear: `vmap(jacrev) or ${batched}`, other: "vmap(jacrev) with chunk_size=10" };
 const UNITS = ["bytes", "kB", "MB", "GB", "TB", "PB", "EB", "ZB", "YB"];
 const SUFFIXES = { "": 1, k: 1e3, m: 1e6, g: 1e9, b: 1e9, t: 1e12 };
 
@@ -47,11 +49,12 @@ function answer() {
       : `${wrong[0]} is no whole number from 1 on: write 25000, 25k, 11.7M or 1e6.`;
   }
   const size = value.N * value.C * value.P * value.bytes;
-  const [made, written] = PEAKS[form.elements.kind.value];
+  const kind = form.elements.kind.value;
+  const [made, written] = PEAKS[kind];
   const takes = `J takes ${shown(size)} and`;
   const peak = `${shown(made * size)} at the peak`;
-  const method = value.N * value.C <= 10 ? grads : "vmap(jacrev)";
-  if (made * size <= limit) return `${takes} fits, with about ${peak}: take ${method} or ${batched}. With few weights or large images, ${measure}.`;
+  const method = value.N * value.C <= 10 ? grads : METHODS[kind];
+  if (made * size <= limit) return `${takes} fits, with about ${peak}: take ${method}. With few weights or large images, ${measure}.`;
   if (written * size <= limit) return `${takes} fits once: allocate it first, then write into it with ${batched} and out=, or in ${chunks}.`;
   return size <= limit
     ? `${takes} fits once, but not what a method needs beside it: allocate it first, then write into it in ${chunks}.`

@@ -43,6 +43,7 @@ print({name: list(block.shape) for name, block in J.items()})
 # fold: The other methods, the cases, and how right, peak and time are found
 import copy
 import gc
+import math
 import os
 import platform
 import warnings
@@ -179,7 +180,7 @@ cases = {
 device = "cuda" if torch.cuda.is_available() else "cpu"
 cases = {case: (model.to(device), X.to(device)) for case, (model, X) in cases.items()}
 
-FEW = 40  # the loop is timed if N * C is at most this
+FEW = 40  # the loop is timed if N * C is at most this, the batched pass up to ten times
 SECONDS = 0.1  # what the repeated calls of a case take; a longer call is not repeated
 TIE = 1.2
 os.environ["KINETO_LOG_LEVEL"] = "6"  # keep the profiler from writing to stderr
@@ -247,13 +248,14 @@ gc.freeze()  # what exists now is no garbage, and a search through it takes long
 print(f"{platform.machine()}, one thread, {device}, torch {torch.__version__}")
 times, memory = {}, {}
 for case, (model, X) in cases.items():
-    long = model(X).numel() > FEW
+    limits = {"autograd loop": FEW, "is_grads_batched": 10 * FEW}
+    rows = model(X).numel()
     right = right_methods(model, X)
-    right = [name for name in right if not long or name != "autograd loop"]
+    right = [name for name in right if rows <= limits.get(name, math.inf)]
     methods = {name: call for name, call in calls(model, X).items() if name in right}
     peaks = {name: peak_bytes(*call) for name, call in methods.items()}
     seconds = smallest_seconds(methods, SECONDS)
-    J_bytes = 4 * model(X).numel() * sum(p.numel() for p in model.parameters())
+    J_bytes = 4 * rows * sum(p.numel() for p in model.parameters())
     times[case] = {name: t / min(seconds.values()) for name, t in seconds.items()}
     memory[case] = {name: peak / J_bytes for name, peak in peaks.items()}
     ties = [name for name, t in times[case].items() if t <= TIE]
@@ -268,7 +270,8 @@ for case, (model, X) in cases.items():
 # %%
 # ``autograd_loop`` is the definition. ``grads_batched`` sends its passes together.
 # BackPACK's two methods, explained in ``batched_jacobians.py``, have no rule for some
-# layers: where they raise or warn, they are left out.
+# layers: where they raise or warn, they are left out. So are methods over the whole
+# batch where ``N * C`` is large.
 #
 # ``batched_jacobian`` is not among them: it takes any model, tries a fast method,
 # and checks what that gives. ``scale/universal_jacobian.py`` shows its time as a
@@ -357,8 +360,9 @@ torch.set_num_threads(threads)
 # %%
 # What to take home
 # -----------------
-# - The numbers above are from the machine that built this page. Run the script on
-#   yours, with your model and batch in ``cases``.
+# - The numbers above are from the machine that built this page. For yours, put your
+#   model and batch into ``cases`` and run the script. Or time ten samples: methods for
+#   one sample at a time take time in proportion to ``N``.
 # - ``vmap(jacrev)`` needs no other package and six lines.
 # - With few samples and outputs the fixed cost decides, and ``grads_batched`` has less
 #   of it: take it for ``N * C`` of about ten and fewer, and more if the model is tiny.

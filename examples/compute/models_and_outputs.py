@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 import torch
 from torch import autograd, nn
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 torch.set_default_dtype(torch.float64)
@@ -77,7 +76,8 @@ KINDS = {
     "second head": "N B",
     "tokens": "N T V",
     "label's logit": "N T",
-    "with a mask": "N T E",
+    "with a mask": "N T V",
+    "one logit": "N",
     "image": "N C H W",
     "chosen pixels": "N C K",
     "forces": "N A D",
@@ -185,8 +185,8 @@ print(f"A tuple gives {list(lost.shape)}: the axis of length 1 is x[None].")
 # -------------------
 # A language model returns ``[N, T, V]``. If one number per token is enough, such as the
 # logit of the label, pick it before you differentiate: then the Jacobian has ``[N, T]``
-# rows. Row ``t`` is the gradient of the output at position ``t``.
-# ``trust/sequence_models.py`` has recurrent models and the transformer.
+# rows. Row ``t`` is the gradient of the output at position ``t``. The section on masks
+# picks one token of each sample. ``trust/sequence_models.py`` has recurrent models.
 
 
 class PlainAttention(nn.Module):
@@ -271,24 +271,57 @@ print(f"N = 8, C = 21, 512 x 512, P = {P}: {8 * 21 * 512**2 * P * 4 / 1e12:.0f} 
 # has a padding mask. Its fast path has no rule under ``vmap`` (``Batching rule not
 # implemented for aten::_nested_tensor_from_mask``): ``enable_nested_tensor=False``, or
 # for a model that you have ``torch.backends.mha.set_fastpath_enabled(False)``. ``MATH``
-# takes the attention in plain operations, for which ``vmap`` has rules. Rows at the
-# padding mean nothing. ``jacrev`` takes no keyword arguments.
+# takes the attention in plain operations, for which ``vmap`` has rules.
 
-layer = nn.TransformerEncoderLayer(E, 2, 10, batch_first=True)
-encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
-tokens, lengths = torch.rand(N, T, E), torch.tensor([5, 3, 4, 2, 5, 1])
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class MaskedEncoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(E, 2, 10, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(E, V)
+
+    def forward(self, X, padding=None):
+        return self.head(self.layers(X, src_key_padding_mask=padding))
+
+
+encoder, tokens = MaskedEncoder().eval(), torch.rand(N, T, E)
+lengths = torch.tensor([5, 3, 4, 2, 5, 1])
 padding = torch.arange(T) >= lengths[:, None]
 
 
-def encoded(params, x, padding):  # [T, E] of one sample
-    masks = {"src_key_padding_mask": padding[None]}
+def encoded(params, x, padding):  # [T, V] of one sample
+    masks = {"padding": padding[None]}
     return functional_call(encoder, params, (x[None],), masks)[0]
 
 
+params = {k: p.detach() for k, p in encoder.named_parameters() if p.requires_grad}
 with sdpa_kernel(SDPBackend.MATH):
-    params = detached_params(encoder)
     J = vmap(jacrev(encoded), (None, 0, 0))(params, tokens, padding)
-check("with a mask", J, encoder(tokens, src_key_padding_mask=padding), encoder)
+check("with a mask", J, encoder(tokens, padding), encoder)
+
+# %%
+# Rows at the padding mean nothing. For one logit of one token, which differs between
+# samples, pick it inside: an index that is a tensor needs an axis, ``t[None]``. Without
+# it, ``vmap`` raises. ``jacrev`` takes no keyword arguments.
+
+
+def one_logit(params, x, padding, t, label):  # a number for each sample
+    return encoded(params, x, padding)[t[None], label[None]][0]
+
+
+def without_axis(params, x, padding, t, label):
+    return encoded(params, x, padding)[t, label]
+
+
+picked = lengths - 1, torch.randint(V, (N,))
+axes, samples = (None, 0, 0, 0, 0), (tokens, padding, *picked)
+with sdpa_kernel(SDPBackend.MATH):
+    J = vmap(jacrev(one_logit), axes)(params, *samples)
+    show_error(RuntimeError, vmap(jacrev(without_axis), axes), params, *samples)
+check("one logit", J, encoder(tokens, padding)[range(N), *picked], encoder)
 by_samples = vmap(jacrev(encoded), (None, 0))
 show_error(TypeError, by_samples, params, tokens, padding=padding)
 

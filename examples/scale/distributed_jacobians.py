@@ -2,9 +2,9 @@
 Jacobians on several processes
 ==============================
 
-After this page you can compute the Jacobian, and the kernel of all pairs of samples,
-with several processes or machines. Each process holds only its part of the samples, and
-its part of the result.
+After this page you can compute the Jacobian of any model, and its kernel ``J J^T`` of
+all pairs of samples, with several processes or machines. Each holds only its part of
+the result. For linear layers, the kernel takes less memory.
 """
 
 # %%
@@ -25,6 +25,9 @@ import matplotlib.pyplot as plt
 import torch
 from torch import autograd, nn
 from torch.testing import assert_close
+
+torch.set_default_dtype(torch.float64)
+_ = torch.manual_seed(0)
 
 
 def launch(program, ranks, *inputs, timeout=120):
@@ -77,24 +80,41 @@ def vmap_jacrev(model, X):
 
 dist.init_process_group()  # gloo on CPUs, NCCL on GPUs
 rank, ranks = dist.get_rank(), dist.get_world_size()
-model, X = torch.load("inputs.pt", weights_only=False)
-J = vmap_jacrev(model, X.tensor_split(ranks)[rank])
-torch.save(J, f"{rank}.pt")
-dist.destroy_process_group()
+model, X = torch.load("inputs.pt", weights_only=False)  # yours: the same on all ranks
+X_own = X.tensor_split(ranks)[rank]
+J = vmap_jacrev(model, X_own)
 '''
 
-torch.set_default_dtype(torch.float64)
-_ = torch.manual_seed(0)
-N, C, X = 81, 10, torch.rand(81, 64)
-model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, C))
+# %%
+# Kernel of any model
+# -------------------
+# The neural tangent kernel is ``K = J J^T`` over all parameters, ``[N, C, N, C]``. A
+# rank computes the rows of its samples, ``[N_r, C, N, C]``. It goes through all samples
+# in chunks, whose Jacobian it drops, so no rank waits for another one.
 
-parts = launch(ROWS, 2, model, X)
-for rank, J in enumerate(parts):
-    print(f"Rank {rank}: {len(J)} blocks, the first {list(J['0.weight'].shape)}.")
+ROWS_OF_KERNEL = """
+def flat(J):
+    return torch.cat([block.flatten(2) for block in J.values()], 2)  # [N, C, P]
+
+
+chunks = (flat(vmap_jacrev(model, x)) for x in X.split(16))
+K = torch.cat([torch.einsum("ncp,mdp->ncmd", flat(J), rows) for rows in chunks], 2)
+torch.save((J, K), f"{rank}.pt")
+dist.destroy_process_group()
+"""
+
+N, C, X = 81, 6, torch.rand(81, 64)
+model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, C))
+parts, kernels = zip(*launch(ROWS + ROWS_OF_KERNEL, 2, model, X))
+for J, K in zip(parts, kernels):
+    print(f"A rank has J['0.weight'] {list(J['0.weight'].shape)}, K {list(K.shape)}")
 
 # %%
+# With ``ntk.py`` of ``scale/neural_tangent_kernel.py`` beside the program, ``K =
+# ntk(model, X_own, X)`` does the same in one line, from factors where layers have them.
+#
 # The reference is one backward pass for each output of each sample, in this process.
-# The rows of the ranks, one below the other, are the same.
+# What the ranks have, one below the other, is the same.
 
 # fold: The Jacobian from a loop
 
@@ -111,8 +131,11 @@ def autograd_loop(model, X):
 
 
 whole = autograd_loop(model, X)
+rows = torch.cat([block.flatten(2) for block in whole.values()], 2)  # [N, C, P]
+reference = torch.einsum("ncp,mdp->ncmd", rows, rows)
 assert_close({name: torch.cat([J[name] for J in parts]) for name in whole}, whole)
-print(f"The rows of the ranks are those of the loop, N = {N} samples in all.")
+assert_close(torch.cat(kernels), reference)
+print(f"Rows and kernel are those of the loop, N = {N} samples in all.")
 
 # %%
 # The ranks have a copy of the plain model each. In ``DistributedDataParallel`` the
@@ -120,15 +143,15 @@ print(f"The rows of the ranks are those of the loop, N = {N} samples in all.")
 # here. Nobody gathers the rows: what you compute with them is a sum over the ranks, as
 # below, or a result that is split like them, as the kernel is.
 #
-# Factors of the Jacobian of linear layers
+# Linear layers alone: factors that travel
 # ----------------------------------------
-# The neural tangent kernel is ``K = J J^T`` over all parameters, ``[N, C, N, C]``. It
-# takes all pairs of samples, so something has to travel. Rows would be long. A
-# ``Linear`` layer with inputs ``a [N, I]`` and outputs ``[N, O]`` has the rows
+# Above, a rank holds its rows of ``J``, and computes those of all others again. If all
+# layers with parameters are ``Linear`` and called once, it needs neither. A layer with
+# inputs ``a [N, I]`` and outputs ``[N, O]`` has the rows
 # ``J[n, c, o, i] = delta[n, c, o] * a[n, i]``, where ``delta [N, C, O]`` is the
 # derivative of ``fs`` by the layer's output. A bias has the rows ``delta``, as if it
-# were the weight of an input that is always 1. So the factors ``a``, with this last
-# column, and ``delta`` travel.
+# were the weight of an input that is always 1. The factors ``a``, with this last
+# column, and ``delta`` are short, so they travel.
 
 FACTORS = '''
 from datetime import timedelta
@@ -159,12 +182,9 @@ def linear_factors(model, X):
 '''
 
 # %%
-# Kernel of all pairs of samples
-# ------------------------------
-# In the kernel, a layer's share is ``(delta_nc . delta_md) * (a_n . a_m)``. Each rank
-# computes the rows of its own samples, ``[N_r, C, N, C]``. The ranks take turns: one
-# sends its factors, and all compute the columns of its samples. So a rank holds the
-# factors of two ranks, whatever their number.
+# In the kernel, a layer's share is ``(delta_nc . delta_md) * (a_n . a_m)``. The ranks
+# take turns: one sends its factors, and all compute the columns of its samples. So a
+# rank holds the factors of two ranks, whatever their number.
 
 KERNEL = '''
 def from_owner(owner, rank, sizes, tensor):
@@ -202,6 +222,7 @@ def kernel_rows(factors, rank, sizes):
 # check. For random ``u [N, C]``, the product ``u^T K u`` is the square of the norm of
 # ``J^T u``, which is a plain gradient. It fails where the factors are not the whole
 # Jacobian: parameters of other layers, a layer that is called twice, samples that mix.
+# Then take the kernel of any model, above.
 
 CHECK = '''
 def check_kernel(K, model, X, rank, sizes):
@@ -217,7 +238,8 @@ def check_kernel(K, model, X, rank, sizes):
     dist.all_reduce(product)
     square = gradient @ gradient
     if not (product - square).abs() <= torch.finfo(K.dtype).eps ** 0.5 * square:
-        raise ValueError(f"u^T K u is {product:.4g}, but |J^T u|^2 is {square:.4g}")
+        found = f"u^T K u is {product:.4g}, but |J^T u|^2 is {square:.4g}"
+        raise ValueError(f"{found}: are all layers Linear, and called once?")
 
 
 dist.init_process_group(timeout=timedelta(minutes=1))
@@ -275,8 +297,7 @@ dist.destroy_process_group()
 
 results = launch(FACTORS + KERNEL + CHECK + MEASURE, 2, model, X)
 kernels, peaks, (alone, _) = zip(*results)
-rows = torch.cat([block.flatten(2) for block in whole.values()], 2)  # [N, C, P]
-assert_close(torch.cat(kernels), torch.einsum("ncp,mdp->ncmd", rows, rows))
+assert_close(torch.cat(kernels), reference)
 print(f"Rows of the kernel: {[list(K.shape) for K in kernels]}, as from the loop.")
 megabytes = [number / 1e6 for number in (rows.nbytes, alone, max(peaks))]
 print("J {:.1f} MB, peak on 1 rank {:.1f} MB, on 2 ranks {:.1f} MB".format(*megabytes))
@@ -294,9 +315,14 @@ ax.set_title(f"Kernel: {one:.0f} MB on one rank,\n{two:.0f} MB each on two")
 plt.show()
 
 # %%
-# Several machines
+# Your own program
 # ----------------
-# Save a program such as ``ROWS`` as a file, and start it on each machine::
+# Save the texts of a program as one file, with the lines that make your model and your
+# samples in the place of ``torch.load``. On one machine, start it with::
+#
+#     torchrun --standalone --nproc-per-node=2 program.py
+#
+# On several machines, start it on each::
 #
 #     torchrun --nnodes=2 --nproc-per-node=8 \
 #         --rdzv-backend=c10d \
@@ -314,7 +340,8 @@ plt.show()
 # What to take home
 # -----------------
 # - The rows of a rank need no other rank: split the samples, and gather nothing.
-# - The kernel needs all pairs of samples. Let factors travel, not rows.
+# - The kernel needs all pairs of samples. A rank computes the rows of others again, or
+#   lets factors travel.
 # - A product of ``P`` numbers is a sum over ranks, and checks what no rank could hold.
 #
 # Next: ``use/training_predicted.py`` uses the kernel. The alternative:

@@ -391,7 +391,7 @@ def jacobian_chunks(model, X, size):
     ``n`` and ``c`` are slices. Raises ``ValueError`` before the first chunk if samples
     of different chunks influence each other, and before a chunk that is wrong.
     """
-    if min(size) < 1:
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or min(size) < 1:
         raise ValueError(f"size must be two positive numbers, but is {size}")
     N, C = samples_apart(model, X, size[0])
     for i, k in product(range(0, N, size[0]), range(0, C, size[1])):
@@ -448,7 +448,8 @@ else:
 # ---------
 # If you need a sum over ``J`` only, add up each chunk and drop it. An example is the
 # diagonal of ``J^T J``. The loop variable keeps a chunk alive: ``del`` it, or two
-# chunks exist at once.
+# chunks exist at once. For the norm of each row there is a quicker way, from factors:
+# ``squared_norms`` of ``scale/neural_tangent_kernel.py``.
 
 
 def gram_diagonal(model, X, size):
@@ -475,6 +476,9 @@ print("The streamed diagonal agrees with the loop.")
 
 def refuse_other_shapes(title, tensors, shapes):
     """Raise ``ValueError`` unless ``tensors`` has these names and shapes."""
+    if not isinstance(tensors, dict):
+        got = type(tensors).__name__
+        raise ValueError(f"{title} must be a dictionary {{name: tensor}}, but is {got}")
     got = {name: list(tensor.shape) for name, tensor in tensors.items()}
     wanted = {name: list(shape) for name, shape in shapes.items()}
     if got != wanted:

@@ -90,6 +90,8 @@ print("The kernel from factors agrees with J J^T.")
 
 # fold: How the factors of a layer are found
 
+AT_ONCE = 2**23  # derivatives by outputs of layers that are in memory
+
 
 def has_factors(layer):
     """Return whether the layer is linear in inputs that we know how to arrange."""
@@ -169,7 +171,9 @@ def factors_from_vmap(model, leaves, X, C):
         with hooked({layer for layer, _ in calls}, add):
             return outputs(model, fixed | values, x[None])[0], inputs
 
-    f_jacobian = vmap(jacrev(f, (0, 1), has_aux=True), (None, None, 0))
+    numbers = C * sum(zero.numel() for _, zero in calls)  # of a sample, in backward
+    options = {"chunk_size": max(1, AT_ONCE // max(1, numbers))}
+    f_jacobian = vmap(jacrev(f, (0, 1), has_aux=True), (None, None, 0), **options)
     (blocks, deltas), inputs = f_jacobian(values, zeros, X.detach())
     factors = {}
     for names, of_names in together.items():
@@ -431,10 +435,7 @@ def jacobian_factors(model, X, structure=True):
 # Kernel of two batches
 # ---------------------
 # ``from ntk import ntk``: ``ntk(model, X)`` is the kernel of a batch with itself,
-# ``ntk(model, X, Z)`` that of two. Both take any model with outputs ``[N, C]``. ``K``
-# has ``(N C) ** 2`` numbers: for 2000 samples and 10 outputs 400 million, or 1.6 GB in
-# float32. Convolutions on images of 32 x 32 pixels have blocks of ``J``, ``N C P``
-# numbers: if these do not fit, go to the tiles of the next section.
+# ``ntk(model, X, Z)`` that of two. Both take any model with outputs ``[N, C]``.
 
 # fold: How the kernel is summed up
 
@@ -553,9 +554,9 @@ cases = {
 }
 
 # %%
-# Call the model's ``eval()`` first. If samples
-# mix, as for batch norm in training mode, blocks come from the definition, and take
-# long. If ``fs`` is random, as for dropout, each call returns another kernel.
+# Call the model's ``eval()`` first. If samples mix, as for batch norm in training mode,
+# blocks come from the definition, and take long. If ``fs`` is random, as for dropout,
+# each call returns another kernel.
 
 model_of_images, X_images, Z_images = cases["images"]
 K = ntk(model_of_images.eval(), X_images, Z_images)
@@ -576,16 +577,45 @@ for title, (case, X_case, Z_case) in cases.items():
 # operations from factors and ``C C O I`` from blocks. ``add_factors`` counts, and takes
 # the cheaper one. Of a kernel of one batch with itself it computes one half.
 #
+# Will it fit, and how long does it take?
+# ---------------------------------------
+# ``K`` has ``(N C) ** 2`` numbers. Convolutions on images of 32 x 32 pixels have blocks
+# of ``J``, ``N C P`` numbers, and need about twice their memory. Time both steps on a
+# few samples: factors and blocks take time in proportion to ``N``, and their products
+# to ``N ** 2``. Here for 2000 images:
+
+# fold: How the time is measured
+
+
+def seconds(function, *args):
+    """Return the time of the processor for one call."""
+    start = time.process_time()
+    function(*args)
+    return time.process_time() - start
+
+
+# %%
+
+layers = nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 48, 3), nn.ReLU()
+mean = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10)
+cnn, some = nn.Sequential(*layers, *mean).float(), torch.rand(32, 3, 32, 32).float()
+J_bytes = 2000 * 10 * sum(p.nbytes for p in cnn.parameters())
+K_bytes = (2000 * 10) ** 2 * 4
+J, times_as_many = jacobian_factors(cnn, some), 2000 / len(some)
+for_J = seconds(jacobian_factors, cnn, some) * times_as_many
+for_K = seconds(kernel, J, J) * times_as_many**2
+print(f"K {K_bytes / 1e9:.1f} GB, twice J {2 * J_bytes / 1e9:.1f} GB")
+print(f"about {for_J:.0f} s for factors and blocks, {for_K:.0f} s for products")
+
+# %%
 # Kernel in tiles
 # ---------------
-# For 10 000 samples and 10 outputs, ``K`` has 10 billion numbers. If they or their
-# factors do not fit, write tiles into ``out``: of shape ``[N, C, N, C]``, or ``[N, N]``
-# for the sum over equal outputs, the trace. A tile of ``samples`` by ``samples`` needs
-# memory for two of their Jacobians, and many times that for convolutions on large
-# images. It computes its factors anew: time grows as ``N ** 2 / samples``, so take as
-# many as fit. ``out`` may be a ``numpy.memmap`` in ``torch.from_numpy``. A tile knows
-# only its samples, so ``samples_apart`` looks first, at two tiles at a time, whether
-# others influence them.
+# If ``K``, or ``J`` of convolutions, does not fit, write tiles into ``out``: of shape
+# ``[N, C, N, C]``, or ``[N, N]`` for the sum over equal outputs, the trace. A tile of
+# ``samples`` by ``samples`` needs memory for two of their Jacobians, twice. It computes
+# them anew: time grows as ``N ** 2 / samples``, so take as many as fit. ``out`` may be
+# a ``numpy.memmap`` in ``torch.from_numpy``. A tile knows only its samples, so
+# ``samples_apart`` looks first, at two tiles at a time, whether others influence them.
 
 # fold: How the kernel is written in tiles
 
@@ -738,13 +768,6 @@ def contracted(model, X):
     return dense_ntk(J, J)
 
 
-def seconds(function, *args):
-    """Return the time of the processor for one call."""
-    start = time.process_time()
-    function(*args)
-    return time.process_time() - start
-
-
 OTHERS = {  # ms of torch.func / ms of the package, not measured here
     "nngeometry 0.4, elsewhere": [631 / 88, 1745 / 108, 172 / 732],
     "TorchJD 0.18, elsewhere": [631 / 695, 1745 / 2101, 172 / 175],
@@ -762,7 +785,7 @@ torch.set_num_threads(1)
 benchmark = {  # model, X, rounds
     "MLP 64-128-128-10, N = 128": (mlp(64, 128, 128, 10), torch.rand(128, 64), 2),
     "MLP 784-256-256-10, N = 64": (mlp(784, 256, 256, 10), torch.rand(64, 784), 1),
-    "CNN 17-34, 8x8, N = 128": (small_cnn(17, 10), torch.rand(128, 1, 8, 8), 3),
+    "CNN 17-34, 8x8, N = 128": (small_cnn(17, 10), torch.rand(128, 1, 8, 8), 2),
 }
 ratios = {}
 for title, (case, X_case, rounds) in benchmark.items():

@@ -28,7 +28,9 @@ from torch.utils.checkpoint import checkpoint
 # ------------
 # The function is folded here: copy it, or download it. It needs PyTorch alone, and
 # reads from top to bottom, in the order in which it runs. You need not read it to use
-# it: ``from batched_jacobian import batched_jacobian``. Its cost is measured below.
+# it: ``from batched_jacobian import batched_jacobian``. Call the model's ``eval()``
+# first, and not under autocast: else it is the Jacobian of one draw of the dropout, or
+# of 16 bits. Its cost is measured below.
 
 # fold: batched_jacobian, to copy or to download
 METHODS = "linear layers", "vmap(jacrev)", "sample by sample", "definition"

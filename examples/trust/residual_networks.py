@@ -155,8 +155,9 @@ def error_text(function, *args):
 # In training mode, batch norm divides by the standard deviation of the batch, so each
 # output depends on each sample. The Jacobian exists: ``J[n, c]`` is the derivative of
 # ``fs[n, c]`` for this batch, and another batch gives sample ``n`` another one. Methods
-# for one sample at a time raise. ``jacrev`` over the batch is right, if it has clones
-# of the buffers, because a forward pass in training mode moves the running statistics.
+# for one sample at a time raise, or, from hooks of your own, are wrong. ``jacrev`` over
+# the batch is right, if it has clones of the buffers, because a forward pass in
+# training mode moves the running statistics.
 
 training = copy.deepcopy(model).train()
 params = {name: p.detach() for name, p in training.named_parameters()}

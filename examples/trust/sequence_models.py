@@ -34,7 +34,8 @@ _ = torch.manual_seed(0)
 # ``X`` holds ``N`` sequences of ``T`` tokens, integers of shape ``[N, T]``. The model
 # returns ``C`` numbers for each token: ``fs`` has shape ``[N, T, C]``, and the Jacobian
 # of a parameter ``[N, T, C, *p.shape]``. With tokens already embedded, ``X`` is ``[N,
-# T, D]``, and nothing else changes.
+# T, D]``, and nothing else changes. One logit alone, or a mask as a second input, is in
+# ``compute/models_and_outputs.py``.
 
 N, T, C = 6, 5, 3
 vocabulary, D, H = 11, 8, 7

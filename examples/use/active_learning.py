@@ -275,7 +275,7 @@ torch.set_num_threads(threads)
 # When not to use it
 # ------------------
 #
-# - Where the numbers above do not set the two apart, take the margin: it costs one
+# - Where the smallest margin does as well, in the numbers above, take it: it costs one
 #   forward pass and no Jacobian.
 # - The first labels lack a class: the network's probabilities mean nothing for a class
 #   that it has not seen.

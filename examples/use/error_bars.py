@@ -99,10 +99,17 @@ def refuse_other_samples(X, X_new):
 
 
 # %%
-# The function asks for nothing but a trained model and its data. Of ``P`` directions in
-# parameter space, the rows of ``J`` span at most ``N * C``: the columns of ``Q``. The
-# fit is done in these. In all others, the doubt stays that of the prior. To import this
-# function, or ``laplace_softmax`` from below, download ``uncertainty.py``.
+# The function takes a trained model and its data. For bars that are right,
+#
+# - the model is trained to the end, with the square loss on the same ``Y``, so with the
+#   same scaling, and is in ``eval()``;
+# - the noise is the same for all samples and outputs;
+# - and you have looked: count the held-out targets that are in their bars, as below.
+#
+# Of ``P`` directions in parameter space, the rows of ``J`` span at most ``N * C``: the
+# columns of ``Q``. The fit is done in these. In all others, the doubt stays that of the
+# prior. To import this function, or ``laplace_softmax`` from below, download
+# ``uncertainty.py``.
 
 
 def error_bars(model, X, Y, X_new):
@@ -110,8 +117,8 @@ def error_bars(model, X, Y, X_new):
 
     The model is trained on ``X [N, ...]`` and ``Y [N, C]`` with the square loss, and is
     in eval mode. The deviations have the unit of ``Y``. The fit has ``1 / alpha_``, the
-    variance of the noise, and ``1 / lambda_``, that of the prior. Raises ``ValueError``
-    if a shape does not fit, and what ``vmap`` raises.
+    variance of the noise, which is a part of each bar, and ``1 / lambda_``, that of the
+    prior. Raises ``ValueError`` if a shape does not fit, and what ``vmap`` raises.
     """
     refuse_other_samples(X, X_new)
     fs, J, theta = linearized(model, X)
@@ -455,8 +462,7 @@ torch.set_num_threads(threads)
 # - You look for inputs of another kind: doubt grows only where ``J`` looks. Compare
 #   with the largest softmax probability on inputs that you know.
 # - The noise differs between samples or outputs: here it is one number.
-# - The network is far from a minimum, or was trained with another prior: the bars are
-#   those of the linear model. With dropout or batch norm, call ``model.eval()`` first.
+# - The network is far from a minimum: the bars are those of the linear model.
 #
 # What to take home
 # -----------------
