@@ -294,12 +294,12 @@ STYLES = dict(zip(calls(model, X), zip(COLORS, "os^vD")))
 
 def draw(values, title, xlabel):
     """Draw a row for each case of ``values``, with a mark for each method."""
-    fig, ax = plt.subplots(figsize=(5, 4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(5, 4.8), layout="constrained")
     for shift, (name, (color, marker)) in enumerate(STYLES.items()):
         marks = [(row[name], y) for y, row in enumerate(values.values()) if name in row]
         xs, ys = zip(*marks)
-        ys = [y + 0.15 * (shift - 2) for y in ys]  # none hides another
-        style = {"color": color, "marker": marker, "markersize": 9, "zorder": 3}
+        ys = [y + 0.19 * (shift - 2) for y in ys]  # none hides another
+        style = {"color": color, "marker": marker, "markersize": 8, "zorder": 3}
         ax.plot(xs, ys, linestyle="", markeredgecolor="white", label=name, **style)
     ax.set(xscale="log", xlabel=xlabel)
     ax.xaxis.set_major_formatter("{x:g}")

@@ -323,11 +323,12 @@ for case, (function, value) in cases.items():
 # %%
 # Some of the parameters, or the last layer
 # -----------------------------------------
-# Pass all parameters, and differentiate by some: what you leave out,
-# ``functional_call`` takes from the module, and ``J`` keeps its graph. For the last
-# layer alone, no cotangent goes back through the ReLU. It needs no differentiation at
-# all: with its inputs ``phi`` from above, its Jacobian is an outer product with the
-# identity :math:`\delta`:
+# Pass all parameters, detached, and differentiate by some. What you leave out,
+# ``functional_call`` takes from the module, and ``J`` keeps its graph, and its memory.
+# The last layer alone needs no differentiation at all: with its inputs ``phi`` from
+# above, its Jacobian is an outer product with the identity :math:`\delta`. With many
+# classes nearly all of it is zero and it fits nowhere: keep ``phi``, as
+# ``use/error_bars.py`` does in its last section.
 #
 # .. math::
 #

@@ -303,6 +303,9 @@ megabytes = [number / 1e6 for number in (rows.nbytes, alone, max(peaks))]
 print("J {:.1f} MB, peak on 1 rank {:.1f} MB, on 2 ranks {:.1f} MB".format(*megabytes))
 assert max(peaks) < alone
 
+# %%
+
+# fold: How the figure is drawn
 plt.rcParams["font.size"] = 12
 fig, ax = plt.subplots(figsize=(5, 3), layout="constrained")
 names = "all of J", "kernel,\n1 rank", "kernel,\n2 ranks"

@@ -708,7 +708,8 @@ print("In one piece, its kernel agrees: blocks come from the definition there.")
 # ------------------
 # The diagonal of ``K`` holds the squared norms of the rows of ``J``. The gradient of a
 # loss of sample ``n`` is the sum of ``u[n, c] J[n, c]``, where ``u`` is the derivative
-# of the loss by ``fs``; its norm needs no more.
+# of the loss by ``fs``; its norm needs no more. With dropout, call ``eval()`` first: in
+# training mode these are norms for other masks than those of your loss.
 
 
 def squared_norms(model, X, u=None):
@@ -807,7 +808,7 @@ shown = {"factors, measured here": list(ratios.values()), **OTHERS}
 styles = zip("osD", ("#0072B2", "#E69F00", "#CC79A7"))
 for (label, speeds), (marker, color) in zip(shown.items(), styles):
     ax.plot(speeds, list(ratios), marker, color=color, label=label, markersize=11)
-ax.axvline(1, color="black")
+ax.axvline(1, color="black", zorder=0)
 ax.set(
     xscale="log", xlabel="times as fast as torch.func's contraction", ylim=(2.5, -0.5)
 )

@@ -638,11 +638,11 @@ torch.set_num_threads(threads)
 
 STYLES = {"plain": "o #D55E00", "out=": "s #56B4E9", "out= and method=": "D #0072B2"}
 fig, ax = plt.subplots(figsize=(5, 4), layout="constrained")
-for (call, style), shift in zip(STYLES.items(), (-0.2, 0, 0.2)):
+for (call, style), shift in zip(STYLES.items(), (-0.28, 0, 0.28)):
     marker, color = style.split()
     x, y = [ratio[call] for ratio in ratios.values()], range(len(ratios))
     y = [place + shift for place in y]
-    ax.plot(x, y, marker, color=color, markersize=9, label=call)
+    ax.plot(x, y, marker, color=color, markersize=7, label=call)
 ax.set_yticks(range(len(ratios)), list(ratios))
 ax.axvline(1, color="black")
 ax.set_xscale("log")

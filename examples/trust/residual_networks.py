@@ -265,7 +265,9 @@ plt.show()
 # BackPACK works layer by layer: ``BatchGrad`` takes one pass per output and needs a
 # rule for each layer with parameters, ``SqrtGGNExact`` takes one pass in all and needs
 # a layer with a rule for every operation. Both are explained in
-# ``batched_jacobians.py``. Here they take a model that is extended already.
+# ``batched_jacobians.py``. Here they take a model that is extended already. Times
+# against ``vmap(jacrev)`` are in ``compute/choosing_a_method.py``, and ``verdicts`` of
+# ``trust/layer_support.py`` says for your model where they are right.
 
 # fold: The Jacobian from BatchGrad, and from SqrtGGNExact
 

@@ -27,7 +27,8 @@ from torch.testing import assert_close
 # The digits 3, 5 and 8 go through a small network with a smooth activation. Two things
 # make a prediction possible. The weights are at an optimum for the whole training set,
 # reached with L-BFGS until the gradient is small. And weight decay keeps the matrix of
-# second derivatives invertible.
+# second derivatives invertible: ``decay / 2`` times the squared norm, beside the sum of
+# all losses, or ``decay / N`` as the ``weight_decay`` of Adam with a mean loss.
 
 # fold: Jacobian, data, and training
 torch.set_default_dtype(torch.float64)
@@ -205,15 +206,17 @@ for name in "own loss", "gradients", "influence":
     print(f"{name}: correlation with the measured change {text}")
 
 # %%
-# Each seed has its color. Ranks are more reliable than sizes: where the second
+# All seeds in one picture. Ranks are more reliable than sizes: where the second
 # derivatives of the network matter, the step has another length.
 
+# fold: How the figure is drawn
 fig, ax = plt.subplots(figsize=(5, 3.6), layout="constrained")
-colors = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
-for (guess, change), color in zip(studies, colors):
-    ax.scatter(1e3 * guess["influence"], 1e3 * change, s=50, color=color)
-ax.axline((0, 0), slope=1, color="black", linewidth=2, linestyle="--")
-ax.set(xlabel="predicted change of the test loss / 0.001", ylabel="retrained / 0.001")
+for guess, change in studies:
+    predicted = 1e3 * guess["influence"]
+    ax.scatter(predicted, 1e3 * change, s=50, color="#0072B2", alpha=0.4, linewidth=0)
+ax.axline((0, 0), slope=1, color="black", linestyle="--", label="equal")
+ax.set(xlabel="predicted change of the test loss / 0.001", ylabel="measured / 0.001")
+ax.legend()
 ax.set_title(f"Predicted against retrained:\ncorrelation {min(each):.2f} or more")
 plt.show()
 
@@ -289,10 +292,13 @@ for k in sizes:
 parts = [project(vmap_jacrev(model, part), 32, seed=0) for part in X.split(40)]
 assert_close(torch.cat(parts), project(jacobian, 32, seed=0))
 
+# %%
+
+# fold: How the figure is drawn
 fig, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
 ax.plot(sizes, list(found.values()), "o", color="#0072B2", markersize=9)
 ax.set_xscale("log", base=2)
-ax.set(xticks=sizes, xticklabels=sizes, ylim=(0, 1.05))
+ax.set(xticks=sizes, xticklabels=sizes)
 ax.set(xlabel="columns k of the projected Jacobian", ylabel="correlation")
 ax.set_title("More columns, closer to the exact scores\n(three seeds)")
 plt.show()

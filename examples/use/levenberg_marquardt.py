@@ -33,7 +33,8 @@ _ = torch.manual_seed(0)
 # residual at a point ``x`` is its right side minus its left, divided by ``pi^2``. A
 # network with this loss is called physics-informed (PINN). The solution is
 # ``sin(pi x)``. In ``u``, the factor ``x (1 - x)`` keeps the ends at zero, so the
-# boundary needs no weight.
+# boundary needs no weight. For a regression, let your model map ``X``, with the targets
+# as last column, to ``fs - Y``.
 
 
 class Residual(nn.Module):
@@ -282,14 +283,15 @@ torch.set_num_threads(threads)
 #   ``vmap_jacrev``, on this residual as well: same arguments, same result.
 #   Where the residuals are plain outputs of layers, ``scale/neural_tangent_kernel.py``
 #   has ``J @ J.T`` without ``J``.
-# - For a regression, let the model map ``X`` with the targets as last column to
-#   ``fs - Y``.
 #
 # When not to use it
 # ------------------
 # - Mini-batches: a step is judged on the same residuals before and after. With new
 #   samples each time, take a first-order optimizer.
-# - Fewer parameters than residuals: solve in parameter space, or take SciPy.
+# - Fewer parameters than residuals: solve ``(J.T @ J + mu) step = -J.T @ r`` instead,
+#   and compare with Adam, which may win.
+# - Noisy targets: a better minimum of the training loss fits the noise as well, and
+#   predicts no better.
 # - No sum of squares, as with a softmax: weight the rows first.
 # - The error comes from the points or the network and not from the training: better
 #   steps do not help.

@@ -74,7 +74,9 @@ print(f"to {g.norm(dim=1).max():.2f}, clipped to {clipped.norm(dim=1).max():.2f}
 # squared norm is the product of two squared norms. With the norms known, the sum of the
 # clipped gradients is the gradient of a weighted sum of losses: a second backward pass,
 # and no gradient of a single sample is ever stored. This function is for stacks of
-# linear layers; the norms of any model come from ``squared_norms`` in ``ntk.py``.
+# linear layers. For any model, ``squared_norms`` of ``scale/neural_tangent_kernel.py``
+# gives the norms, and ``u / (norms / bound).clamp(min=1)[:, None]`` the weights, where
+# ``u [N, C]`` is the derivative of the summed loss by the outputs.
 
 
 def clipped_gradient(model, X, y, bound):
@@ -270,6 +272,7 @@ for name, values in found.items():
 # The curve rises towards the accuracy without privacy. Each dot is a seed, of weights,
 # samples and noise.
 
+# fold: How the figure is drawn
 fig, ax = plt.subplots(figsize=(5, 3.6), layout="constrained")
 dots = [found[f"epsilon {price}"] for price in prices]
 plain = np.mean(found["no privacy"])

@@ -158,6 +158,9 @@ lines, dots = trained[:, shown], (start + change)[:, shown]
 same = (trained[-1].argmax(1) == outcome.argmax(1)).sum()
 print(f"The predicted digit is the trained network's for {same} of {len(Z)} images.")
 
+# %%
+
+# fold: How the figure is drawn
 fig, ax = plt.subplots(figsize=(5, 3.8), layout="constrained")
 for c, color in enumerate(["#E69F00", "#56B4E9", "#009E73"]):
     ax.plot(steps, lines[:, c], color=color, linewidth=4, label=f"digit {keep[c]}")
@@ -207,6 +210,9 @@ for width, result in zip(widths, results):
     spread = f"{mean[0]:.1%} ({low[0]:.1%} to {high[0]:.1%}), same class {mean[2]:.0%}"
     print(f"Width {width:3}: error {spread}; error of the linear model {mean[1]:.0%}")
 
+# %%
+
+# fold: How the figure is drawn
 fig, ax = plt.subplots(figsize=(5, 3.8), layout="constrained")
 for i, (label, color) in enumerate([("NTK", "#0072B2"), ("linear model", "#D55E00")]):
     values = results[:, :, i]
