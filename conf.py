@@ -91,7 +91,7 @@ take_away = {
     ),
     "ntk": (
         "scale/neural_tangent_kernel",
-        ["ntk", "write_ntk", "jacobian_factors", "squared_norms"],
+        ["ntk", "write_ntk", "ntk_seconds", "jacobian_factors", "squared_norms"],
     ),
     "uncertainty": ("use/error_bars", ["error_bars", "laplace_softmax"]),
 }

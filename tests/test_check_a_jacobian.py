@@ -566,3 +566,37 @@ def test_copies_no_jacobian(check):
     events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     assert max(accumulate(e.nbytes() for e in events)) < jacobian["weight"].nbytes / 50
+
+
+@pytest.mark.parametrize("distance", [1e-8, -1e-8, 2e-7, -2e-7])
+def test_a_relu_that_switches_near_zero_is_no_error(distance, check, page):
+    model, X, J = switched(distance)
+    assert max(check(model, X, J).values()) <= page["LIMIT"]
+
+
+@pytest.mark.parametrize("distance", [1e-3, 0.1])
+def test_a_relu_that_switches_far_from_zero_is_an_error(distance, check, page):
+    model, X, J = switched(distance)
+    with pytest.raises(AssertionError, match=r"wrong Jacobian.*0\.weight"):
+        check(model, X, J)
+
+
+def switched(distance):
+    """Return a model, X, and J with a hidden unit of one sample on the other side."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3)).float()
+    X = torch.rand(200, 6, dtype=torch.float32)
+    with torch.no_grad():
+        model[0].bias[4] -= model[0](X)[7, 4] - distance
+        is_on = model[0](X)[7, 4] > 0
+        J = {
+            name: torch.zeros(200, 3, *p.shape) for name, p in model.named_parameters()
+        }
+        hidden = model[1](model[0](X))
+        on = (hidden > 0).float()
+        on[7, 4] = not is_on
+        J["2.bias"] = torch.eye(3).expand(200, 3, 3).clone()
+        J["2.weight"] = torch.einsum("co,nh->ncoh", torch.eye(3), hidden)
+        J["0.bias"] = model[2].weight * on[:, None]
+        J["0.weight"] = J["0.bias"][..., None] * X[:, None, None]
+    return model, X, {name: block.float() for name, block in J.items()}

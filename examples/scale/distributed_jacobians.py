@@ -103,7 +103,7 @@ torch.save((J, K), f"{rank}.pt")
 dist.destroy_process_group()
 """
 
-N, C, X = 81, 6, torch.rand(81, 64)
+N, C, X = 101, 6, torch.rand(101, 64)
 model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, C))
 parts, kernels = zip(*launch(ROWS + ROWS_OF_KERNEL, 2, model, X))
 for J, K in zip(parts, kernels):
@@ -300,7 +300,7 @@ kernels, peaks, (alone, _) = zip(*results)
 assert_close(torch.cat(kernels), reference)
 print(f"Rows of the kernel: {[list(K.shape) for K in kernels]}, as from the loop.")
 megabytes = [number / 1e6 for number in (rows.nbytes, alone, max(peaks))]
-print("J {:.1f} MB, peak on 1 rank {:.1f} MB, on 2 ranks {:.1f} MB".format(*megabytes))
+print("J {:.0f} MB, peak on 1 rank {:.0f} MB, on 2 ranks {:.0f} MB".format(*megabytes))
 assert max(peaks) < alone
 
 # %%

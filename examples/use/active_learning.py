@@ -238,7 +238,7 @@ ends = curves[:, :, -1].mean(1)
 ax.set_title(
     f"60 labels: {ends[2]:.0%} right if chosen\nby information, {ends[0]:.0%} at random"
 )
-fig.legend(loc="outside lower center", ncols=3)
+ax.legend(loc="upper left")
 plt.show()
 
 # %%

@@ -104,7 +104,7 @@ def refuse_other_samples(X, X_new):
 # - the model is trained with the square loss on the same ``Y``, and is in ``eval()``;
 # - the noise is the same for all samples and outputs;
 # - and you have looked: count the held-out targets that are in their bars. If they are
-#   too few, `Bars that are too narrow`_ has a remedy.
+#   too few, the section on bars that are too narrow has a remedy.
 #
 # Of ``P`` directions in parameter space, the rows of ``J`` span at most ``N * C``: the
 # columns of ``Q``. The fit is done in these. In all others, the doubt stays that of the
