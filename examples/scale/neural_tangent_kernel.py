@@ -591,9 +591,10 @@ for title, (case, X_case, Z_case) in cases.items():
 # Will it fit, and how long does it take?
 # ---------------------------------------
 # ``K`` has ``(N C) ** 2`` numbers. Convolutions on images of 32 x 32 pixels have blocks
-# of ``J``, ``N C P`` numbers, and need about twice their memory. ``ntk_seconds`` times
-# both steps on a few samples: factors and blocks take time in proportion to ``N``, and
-# their products to ``N ** 2``. Here for 2000 images:
+# of ``J``, ``N C P`` numbers, and need about twice their memory. For the time, ``from
+# ntk import ntk_seconds``: it times both steps on a few samples, of which factors and
+# blocks take time in proportion to ``N``, and their products to ``N ** 2``. More
+# samples give a better guess, fewer a larger one. Here for 2000 images:
 
 
 def ntk_seconds(model, few, N):

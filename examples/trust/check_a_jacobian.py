@@ -328,9 +328,8 @@ def check_jacobian(model, X, jacobian, seed=0):
 # Your own model
 # --------------
 # Download ``check_jacobian.py``: ``from check_jacobian import LIMIT, check_jacobian``.
-# Put in your model, your ``X`` of shape ``[N, ...]``, and your Jacobian as
-# ``{name: [N, C, *p.shape]}``. If you have a list of blocks, take
-# ``dict(zip(dict(model.named_parameters()), blocks))``. An error is counted in
+# Put in your model, your ``X`` of shape ``[N, ...]``, and your Jacobian as ``{name: [N,
+# C, *p.shape]}`` for the parameters that require a gradient. An error is counted in
 # roundings of your dtype, and up to ten pass. A model with random numbers has to be in
 # ``eval()``.
 
@@ -343,8 +342,9 @@ assert max(errors.values()) < LIMIT
 
 # %%
 # A flat Jacobian ``[N, C, P]`` becomes such a dictionary in three lines, if its columns
-# are in the order of ``named_parameters``. If nearly all blocks are wrong, that order
-# is another one, or the model was in another mode.
+# are in the order of ``named_parameters``. If it has columns for frozen parameters,
+# call ``model.requires_grad_(True)`` for the check. If nearly all blocks are wrong, the
+# order is another one, or the model was in another mode.
 
 flat = torch.cat([block.flatten(2) for block in J.values()], 2)  # yours
 params = {k: p for k, p in model.named_parameters() if p.requires_grad}

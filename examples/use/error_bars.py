@@ -434,9 +434,9 @@ plt.show()
 # %%
 # Last layer with thousands of outputs
 # ------------------------------------
-# Often the last layer alone is taken. Let ``phi`` of shape ``[N, D]`` hold its inputs,
-# and a one for the bias. Its Jacobian is ``phi`` times the identity of the outputs,
-# ``[N, C, C, D]``: nearly all zeros. Keep ``phi``:
+# Often the last layer alone is taken, with the model in ``eval()``. Let ``phi`` of
+# shape ``[N, D]`` hold its inputs, and a one for the bias. Its Jacobian is ``phi``
+# times the identity of the outputs, ``[N, C, C, D]``: nearly all zeros. Keep ``phi``:
 #
 # - The diagonal of the GGN has ``C * D`` numbers, the sums of ``phi[n, d] ** 2`` times
 #   ``p (1 - p)`` for output ``c``. Invert it, with the prior, number by number.
