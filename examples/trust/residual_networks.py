@@ -322,8 +322,9 @@ def sqrt_ggn(extended, X):
 def extended_copy(model, X):
     """Return a copy of ``model`` that BackPACK takes, for inputs of the size of ``X``.
 
-    Adaptive average pooling stays where no ``AvgPool2d`` is the same. Raises
-    ``ValueError`` for batch norm in training mode, and if the outputs differ.
+    For other sizes it can be wrong without an error. Adaptive average pooling stays
+    where no ``AvgPool2d`` is the same. Raises ``ValueError`` for batch norm in training
+    mode, and if the outputs differ.
     """
     model, kernels = copy.deepcopy(model), {}
 

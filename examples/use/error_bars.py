@@ -103,8 +103,9 @@ def refuse_other_samples(X, X_new):
 #
 # - the model is trained with the square loss on the same ``Y``, and is in ``eval()``;
 # - the noise is the same for all samples and outputs;
-# - and you have looked: count the held-out targets that are in their bars. If they are
-#   too few, the section on bars that are too narrow has a remedy.
+# - and you have looked: count targets that are in their bars, of samples that the model
+#   has not seen. If they are too few or too many, the section on bars that are too
+#   narrow has a remedy.
 #
 # Of ``P`` directions in parameter space, the rows of ``J`` span at most ``N * C``: the
 # columns of ``Q``. The fit is done in these. In all others, the doubt stays that of the
@@ -240,7 +241,9 @@ print(f"rank correlation of bar and error: {min(ranks):.1f} to {max(ranks):.1f}"
 # ------------------------
 # A network that has fitted the noise leaves too little of it for the bars, as some of
 # these do: they learn a function of ten inputs from 100 noisy values. The remedy takes
-# 50 held-out values: multiply all bars by their root mean square of error over bar.
+# 50 values that the network has not seen: multiply all bars by their root mean square
+# of error over bar. That mends bars that are too wide, too, but not the share of the
+# noise: with a training error near zero, ``1 / alpha_`` means nothing.
 
 # fold: The values, and a network that is trained without weight decay
 
@@ -397,15 +400,20 @@ for x, p, q in zip(far.tolist(), before.amax(1), after.amax(1)):
     print(f"at {x}: softmax {p:.0%} sure, Laplace {q:.0%}")
 
 # %%
-# The precision with the least NLL on held-out flowers is the one to take:
+# The larger the precision, the nearer to the softmax. Take the smallest one whose NLL
+# on samples that the network has not seen is about that of the softmax:
 
 order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
 fit, held_out = order[:100], order[100:]
 part = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
 _ = minimize(lambda net: cross_entropy(net(X[fit]), y[fit]), part, 0, 1000)
-for precision in 0.01, 0.1, 1, 10:
-    p = laplace_softmax(part, X[fit], X[held_out], precision)
-    print(f"precision {precision}: NLL {nll_loss(p.log(), y[held_out]):.3f}")
+inputs = torch.cat([X[held_out], far])
+found = {"softmax": part(inputs).detach().softmax(1)}
+for precision in 0.01, 0.1, 1, 10, 100:
+    found[precision] = laplace_softmax(part, X[fit], inputs, precision)
+for precision, p in found.items():
+    nll = nll_loss(p[:-2].log(), y[held_out])
+    print(f"{precision}: NLL {nll:.3f}, far away {p[-2:].amax(1).mean():.0%} sure")
 
 # %%
 # In the map, color is the largest probability, and points are flowers.
