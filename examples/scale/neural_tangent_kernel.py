@@ -10,6 +10,7 @@ Jacobian where layers are linear, and in tiles where convolutions need a part of
 # fold: Imports
 import math
 import time
+import timeit
 import warnings
 from contextlib import contextmanager
 from itertools import combinations_with_replacement, pairwise, product
@@ -593,20 +594,21 @@ for title, (case, X_case, Z_case) in cases.items():
 # ``K`` has ``(N C) ** 2`` numbers. Convolutions on images of 32 x 32 pixels have blocks
 # of ``J``, ``N C P`` numbers, and need about twice their memory. For the time, ``from
 # ntk import ntk_seconds``: it times both steps on a few samples, of which factors and
-# blocks take time in proportion to ``N``, and their products to ``N ** 2``. More
-# samples give a better guess, fewer a larger one. Here for 2000 images:
+# blocks take time in proportion to ``N``, and their products to ``N ** 2``. With fewer
+# than 32 samples it says too much. Here for 2000 images:
+
+# fold: ntk_seconds
 
 
 def ntk_seconds(model, few, N):
     """Return about how many seconds ``ntk`` takes for ``N`` samples like the few."""
-    jacobian_factors(model, few[:1])  # the first call takes longer
-    start = time.perf_counter()
-    J = jacobian_factors(model, few)
-    middle = time.perf_counter()
-    kernel(J, J)
-    end, times = time.perf_counter(), N / len(few)
-    return (middle - start) * times + (end - middle) * times**2
+    J, times = jacobian_factors(model, few), N / len(few)
+    of_J = timeit.repeat(lambda: jacobian_factors(model, few), number=1, repeat=2)
+    of_K = timeit.repeat(lambda: kernel(J, J), number=1, repeat=9)
+    return min(of_J) * times + min(of_K) * times**2
 
+
+# %%
 
 layers = nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 48, 3), nn.ReLU()
 mean = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10)

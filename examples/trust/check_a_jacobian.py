@@ -341,10 +341,9 @@ for name, error in errors.items():
 assert max(errors.values()) < LIMIT
 
 # %%
-# A flat Jacobian ``[N, C, P]`` becomes such a dictionary in three lines, if its columns
-# are in the order of ``named_parameters``. If it has columns for frozen parameters,
-# call ``model.requires_grad_(True)`` for the check. If nearly all blocks are wrong, the
-# order is another one, or the model was in another mode.
+# A flat Jacobian ``[N, C, P]`` becomes such a dictionary, if its columns are in the
+# order of ``named_parameters``, without those of frozen parameters. If nearly all are
+# wrong, the order is another one, or the model was in another mode.
 
 flat = torch.cat([block.flatten(2) for block in J.values()], 2)  # yours
 params = {k: p for k, p in model.named_parameters() if p.requires_grad}

@@ -306,9 +306,9 @@ print(f"{list(H.shape)} and a Gaussian process of {len(J)} rows give the same ba
 # squared norm of ``theta``: a normal prior. If you train with the mean loss and the
 # ``weight_decay`` of SGD or Adam, ``precision`` is ``N * weight_decay``. That can be
 # far too small, and make the network unsure on the data: choose it on held-out data, as
-# below. The matrix takes ``8 P ** 2`` bytes, which fits for some 10 000 parameters. For
-# larger networks require gradients of the last layer alone:
-# ``model.requires_grad_(False)``, ``model.fc.requires_grad_(True)``. Then ``from
+# below, or take the last layer alone. The matrix takes ``8 P ** 2`` bytes, which fits
+# for some 10 000 parameters. For larger networks require gradients of the last layer
+# alone: ``model.requires_grad_(False)``, ``model.fc.requires_grad_(True)``. Then ``from
 # uncertainty import laplace_softmax``, and ``laplace_softmax(model.eval(), X, X_new,
 # precision)`` with all training samples ``X``, which it takes in chunks.
 #
