@@ -95,7 +95,7 @@ for _ in range(2):
     assert_close(J, autograd_loop(model, X))
 first, again = seconds
 print(f"{backend}: the first call takes {first:.1f} s, and J is that of a loop.")
-print(f"What it compiled is on disk: the next process takes {again:.1f} s.")
+print(f"Forgotten, but still on disk, as in a later process: {again:.1f} s.")
 
 # %%
 # What it gains

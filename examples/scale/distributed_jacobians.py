@@ -97,8 +97,8 @@ def flat(J):
     return torch.cat([block.flatten(2) for block in J.values()], 2)  # [N, C, P]
 
 
-chunks = (flat(vmap_jacrev(model, x)) for x in X.split(16))
-K = torch.cat([torch.einsum("ncp,mdp->ncmd", flat(J), rows) for rows in chunks], 2)
+own, chunks = flat(J), (flat(vmap_jacrev(model, x)) for x in X.split(16))
+K = torch.cat([torch.einsum("ncp,mdp->ncmd", own, rows) for rows in chunks], 2)
 torch.save((J, K), f"{rank}.pt")
 dist.destroy_process_group()
 """

@@ -242,36 +242,39 @@ print(f"rank correlation of bar and error: {min(ranks):.1f} to {max(ranks):.1f}"
 # A network that has fitted the noise leaves too little of it for the bars, as some of
 # these do: they learn a function of ten inputs from 100 noisy values. The remedy takes
 # 50 values that the network has not seen: multiply all bars by their root mean square
-# of error over bar. That mends bars that are too wide, too, but not the share of the
-# noise: with a training error near zero, ``1 / alpha_`` means nothing.
+# of error over bar. For bars that are too wide, it is below one. The variance
+# of the noise, ``1 / alpha_``, stays as far off as it is.
 
 # fold: The values, and a network that is trained without weight decay
 
 
 def fitted_noise(seed):
-    """Return 650 inputs and values, and a network that has seen the first 100."""
+    """Return 650 inputs and values, a network that has seen 100, and the noise."""
     _ = torch.manual_seed(seed)
     inputs, values = map(torch.tensor, make_friedman1(650, noise=1, random_state=seed))
     inputs = (inputs - inputs.mean(0)) / inputs.std(0)
+    noise = 1 / values.var()
     values = ((values - values.mean()) / values.std())[:, None]
     net = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 1))
     X, Y = inputs[:100], values[:100]
     _ = minimize(lambda net: (net(X) - Y).square().mean(), net, 0, 400)
-    return inputs, values, net
+    return inputs, values, net, noise
 
 
 # %%
 
-narrow, mended = [], []
+narrow, mended, shares = [], [], []
 for seed in range(5):
-    inputs, values, net = fitted_noise(seed)
-    bars, _ = error_bars(net, inputs[:100], values[:100], inputs[100:])
+    inputs, values, net, noise = fitted_noise(seed)
+    bars, found_fit = error_bars(net, inputs[:100], values[:100], inputs[100:])
     errors = ((values[100:] - net(inputs[100:])) / bars).detach()
     factor = errors[:50].square().mean().sqrt()
     for found, limit in (narrow, 1.96), (mended, 1.96 * factor):
         found.append((errors[50:].abs() < limit).double().mean().item())
+    shares.append(1 / found_fit.alpha_ / noise)
 print(f"as they are: coverage {min(narrow):.2f} to {max(narrow):.2f}")
 print(f"multiplied:  coverage {min(mended):.2f} to {max(mended):.2f}")
+print(f"variance of the noise: {min(shares):.1f} to {max(shares):.1f} of the true one")
 
 # %%
 # Prior and noise by evidence
