@@ -281,7 +281,8 @@ print(f"variance of the noise: {min(shares):.1f} to {max(shares):.1f} of the tru
 # ---------------------------
 # ``theta`` has a normal prior of precision ``lambda_``, the noise has the precision
 # ``alpha_``. ``BayesianRidge`` chooses both: it raises the evidence, the probability of
-# the training targets. So there is nothing to tune, and no validation set.
+# the training targets. So there is nothing to tune. Whether the bars hold, only targets
+# that the model has not seen can tell.
 #
 # The model has two forms. In weight space one inverts a ``[P, P]`` matrix. In function
 # space it is ``[N * C, N * C]``, with the kernel ``J @ J.T``, the neural tangent kernel
