@@ -127,17 +127,22 @@ def test_main_figure_comes_first(tutorial):
     if not figures:
         return
     lead, *figures = figures
-    number = re.search(
-        r"^# sphinx_gallery_thumbnail_number = (\d+)",
-        (EXAMPLES / f"{tutorial}.py").read_text(),
-        re.MULTILINE,
-    )
-    figure = figures[int(number[1]) - 1 if number else 0]
     link, how = lead.find_parent("p").select("a")
-    assert html.find(id=how["href"].removeprefix("#")).find("img") is figure
-    assert [lead["src"], link.text] == [figure["src"], figure["alt"]]
+    assert html.find(id=how["href"].removeprefix("#")).find("img") is figures[0]
+    assert [lead["src"], link.text] == [figures[0]["src"], figures[0]["alt"]]
     assert lead.find_previous("pre") is None
     assert lead["width"].isdigit() and lead["height"].isdigit()
+
+
+@pytest.mark.parametrize("tutorial", TUTORIALS)
+def test_output_breaks_at_its_lines_and_not_within_numbers(tutorial):
+    for output in parse(f"auto_examples/{tutorial}.html").select(
+        ".sphx-glr-script-out pre"
+    ):
+        lines = [line.text for line in output.select("span.line")]
+        assert lines == output.text.splitlines(keepends=True)
+        numbers = [number.text for number in output.select("span.line span.number")]
+        assert numbers == re.findall(r"[\d.]+e[+-]\d+", output.text)
 
 
 @pytest.mark.parametrize("tutorial", TUTORIALS)

@@ -82,6 +82,13 @@ def test_tutorial_checks_what_it_claims(tutorial):
     assert "assert_close" in (EXAMPLES / f"{tutorial}.py").read_text()
 
 
+@tutorials
+def test_tutorial_that_measures_is_built_alone(tutorial):
+    script = (EXAMPLES / f"{tutorial}.py").read_text()
+    alone = script.endswith("\n\n# sphinx_gallery_parallel = False\n")
+    assert alone == measures(tutorial)
+
+
 @pytest.mark.parametrize("tutorial", IN_A_KERNEL)
 def test_notebook_runs_and_prints_the_same(tutorial, printed, tmp_path):
     book = notebook(tutorial)
@@ -120,6 +127,7 @@ def test_page_and_notebook_hold_the_code_of_the_script(tutorial):
     )
     code = lines("# fold: " * (p.name == "summary") + p.text for p in parts)
     cells = notebook(tutorial).cells[1:]
+    assert not any("sphinx_gallery" in cell.source for cell in cells)
     assert code == lines(cell.source for cell in cells if cell.cell_type == "code")
     script = lines([(EXAMPLES / f"{tutorial}.py").read_text()])
     assert set(code) <= set(script)

@@ -10,7 +10,6 @@ from pages import EXAMPLES, GALLERY, first_paragraph
 from sphinx.addnodes import download_reference
 from sphinx.util import logging
 from sphinx_gallery.directives import imgsgnode
-from sphinx_gallery.py_source_parser import extract_file_config
 
 logger = logging.getLogger(__name__)
 # For each module: what people call it, and what installs it.
@@ -75,18 +74,14 @@ def enlarging(image, docname, *more):
     return nodes.paragraph("", "", link, classes=["enlarging"])
 
 
-def place_figures(document, script, docname):
-    """Link each figure, and show the thumbnail's below the first paragraph."""
+def place_figures(document, docname):
+    """Link each figure, and show the first one below the first paragraph."""
     figures = list(document.findall(imgsgnode))
     for figure in figures:
         figure.replace_self(enlarging(figure.copy(), docname))
     if not figures:
         return
-    number = extract_file_config(script).get("thumbnail_number", 1)
-    if number > len(figures):
-        logger.warning("there is no figure %d", number, location=document)
-        return
-    main = list(document.findall(imgsgnode))[number - 1]
+    main = next(document.findall(imgsgnode))
     main.parent.parent["ids"].append("main-figure")
     # The text stands below it, once for all readers.
     image = main.copy()
@@ -130,7 +125,7 @@ def complete_tutorial(app, document):
         script = path.read_text()
         fold(document)
         introduce(document, script)
-        place_figures(document, script, docname)
+        place_figures(document, docname)
 
 
 def offer_colab(app, document, docname):

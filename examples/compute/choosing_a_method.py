@@ -370,3 +370,5 @@ torch.set_num_threads(threads)
 # Next: ``scale/universal_jacobian.py`` teaches ``batched_jacobian``, for models that
 # ``vmap`` does not take. The alternative: ``compute/torch_func_jacobians.py`` teaches
 # the methods of PyTorch alone.
+
+# sphinx_gallery_parallel = False

@@ -436,3 +436,5 @@ torch.set_num_threads(threads)
 #
 # Next: ``scale/distributed_jacobians.py`` takes several processes. The alternative:
 # ``scale/jacobians_without_memory.py`` plans the memory, and does without ``J``.
+
+# sphinx_gallery_parallel = False

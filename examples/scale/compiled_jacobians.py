@@ -261,3 +261,5 @@ torch.set_num_threads(threads)
 #
 # Next: ``scale/checkpoints_and_growing_memory.py`` is on memory instead of time. The
 # alternative: ``scale/layer_structure.py`` is faster where ``J`` is large.
+
+# sphinx_gallery_parallel = False

@@ -688,3 +688,5 @@ torch.set_num_threads(threads)
 # Next: ``scale/neural_tangent_kernel.py`` multiplies ``J`` with its transpose, from
 # small factors. The alternative: ``scale/distributed_jacobians.py`` splits ``J`` over
 # processes.
+
+# sphinx_gallery_parallel = False

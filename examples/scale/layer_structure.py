@@ -346,3 +346,5 @@ plt.show()
 #
 # Next: ``scale/universal_jacobian.py`` builds this into a function for any model. The
 # alternative: ``scale/neural_tangent_kernel.py`` keeps the factors and never writes J.
+
+# sphinx_gallery_parallel = False

@@ -857,3 +857,5 @@ print(f"J would have {gigabytes:.0f} GB, its kernel takes {duration:.1f} s.")
 #
 # Next: ``scale/distributed_jacobians.py`` splits ``J`` over processes. The alternative:
 # ``scale/jacobians_without_memory.py`` streams ``J`` in chunks, for other sums over it.
+
+# sphinx_gallery_parallel = False

@@ -684,3 +684,5 @@ plt.show()
 # Next: ``scale/jacobians_without_memory.py``, for a J that does not fit. The
 # alternative: ``compute/torch_func_jacobians.py`` has the six lines that are enough for
 # a model that you know.
+
+# sphinx_gallery_parallel = False

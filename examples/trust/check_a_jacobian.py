@@ -623,3 +623,5 @@ torch.set_num_threads(threads)
 #
 # Next: ``trust/silent_failures.py`` lists where methods are wrong without an error. The
 # alternative: ``trust/layer_support.py`` says which method is right for which layer.
+
+# sphinx_gallery_parallel = False

@@ -305,3 +305,5 @@ torch.set_num_threads(threads)
 #
 # Next: ``scale/universal_jacobian.py``, to compute ``J`` in less time. The alternative:
 # ``use/training_predicted.py``, what first-order steps would reach, without training.
+
+# sphinx_gallery_parallel = False
