@@ -85,6 +85,14 @@ def with_size(image, outdir):
     return f'{image[0]}width="{width}" height="{height}" '
 
 
+def keep_lines_apart(output):
+    """Give each line of an output an element, and keep numbers such as 5e-04 whole."""
+    start, text, end = output.groups()
+    text = re.sub(r"\d[\d.]*e[+-]\d+", r'<span class="number">\g<0></span>', text)
+    lines = text.splitlines(keepends=True)
+    return start + "".join(f'<span class="line">{line}</span>' for line in lines) + end
+
+
 def complete(app, pagename, templatename, context, doctree):
     """Add the description, a link to GitHub, versions, and the sizes of figures."""
     context["versions"] = ", ".join(" ".join(item) for item in VERSIONS.items())
@@ -109,6 +117,12 @@ def complete(app, pagename, templatename, context, doctree):
             f"https://github.com/{context['repository']}/edit/main/{source(pagename)}"
         )
         context["meta"] = {**(context["meta"] or {}), "github_url": edit}
+    context["body"] = re.sub(
+        r"(<div class=\"sphx-glr-script-out[^>]*>.*?<pre><span></span>)(.*?)(</pre>)",
+        keep_lines_apart,
+        context["body"],
+        flags=re.DOTALL,
+    )
     context["body"] = re.sub(
         r'<img src="[^"]*?/_images/([^"/]+\.png)" (?=srcset)',
         lambda image: with_size(image, app.outdir),
