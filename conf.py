@@ -90,11 +90,11 @@ take_away = {
     "memory_plan": (
         "scale/jacobians_without_memory",
         ["memory_plan", "jacobian_chunks", "write_jacobian"]
-        + ["transposed_product", "jacobian_product"],
+        + ["transposed_product", "jacobian_product", "gram_product", "gram_diagonal"],
     ),
     "ntk": (
         "scale/neural_tangent_kernel",
-        ["ntk", "write_ntk", "ntk_seconds", "jacobian_factors", "squared_norms"],
+        ["ntk", "write_ntk", "ntk_cost", "jacobian_factors", "squared_norms"],
     ),
     "uncertainty": ("use/error_bars", ["error_bars", "laplace_softmax"]),
 }

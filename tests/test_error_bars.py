@@ -269,7 +269,13 @@ def test_last_layer_needs_no_jacobian(page, N, D, C):
     B, A = torch.randn(C, C), torch.randn(D + 1, D + 1)
     B, A = B @ B.T, A @ A.T
     S = (torch.kron(B, A) + 0.4 * torch.eye(C * (D + 1))).inverse()
-    assert_close(page["kronecker_variance"](phi, B, A, 0.4), (J @ S * J).sum(2))
+    U, variance = page["kronecker_form"](phi, B, A, 0.4)
+    covariance = torch.einsum("ncp,pq,ndq->ncd", J, S, J)
+    assert_close(U.T @ covariance @ U, variance.diag_embed())
+    draws = page["drawn_softmax"](fs, variance, U, draws=20000)
+    normal = torch.distributions.MultivariateNormal(fs, covariance)
+    expected = normal.sample((20000,)).softmax(2).mean(0)
+    assert_close(draws, expected, atol=0.02, rtol=0)
 
 
 def test_the_universal_jacobian_takes_the_place_of_the_recipe(page, taught):

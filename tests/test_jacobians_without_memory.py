@@ -152,6 +152,8 @@ def test_chunks_sums_and_products_are_right(model_and_inputs, names):
     u, v = torch.rand(N, C), {k: torch.rand_like(b[0, 0]) for k, b in J.items()}
     J_v = sum((J[k] * v[k].conj()).real.reshape(N, C, -1).sum(2) for k in J)
     assert_close(names["jacobian_product"](model, X, v), J_v)
+    J_J_v = {k: torch.tensordot(J_v.to(b.dtype), b, 2) for k, b in J.items()}
+    assert_close(names["gram_product"](model, X, v, 2), J_J_v)
     J_u = {k: torch.tensordot(u.to(block.dtype), block, 2) for k, block in J.items()}
     assert_close(names["transposed_product"](model, X, u), J_u)
     after = state(model, X)
@@ -305,6 +307,9 @@ def test_samples_that_mix_raise_before_the_first_chunk(mixing, names):
     with pytest.raises(ValueError, match="samples influence each other"):
         names["write_jacobian"](model, X, out, (3, C))
     assert not any(block.any() for block in out.values())
+    v = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="samples influence each other"):
+        names["gram_product"](model, X, v, 3)
 
 
 def test_samples_are_never_all_there_at_once(names):
@@ -315,6 +320,10 @@ def test_samples_are_never_all_there_at_once(names):
         for n in (8, 32)
     )
     assert large < 1.5 * small  # it is X that grows
+    v = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+    product, X = names["gram_product"], torch.rand(32, 2, 20, 20)
+    parts, all_at_once = (names["peak_bytes"](product, model, X, v, n) for n in (2, 32))
+    assert parts < 0.3 * all_at_once
 
 
 @pytest.mark.parametrize("wrong", ["from_rows", "jacrev"])

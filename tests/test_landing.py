@@ -87,7 +87,7 @@ def answer(form):
         (
             {"kind": "CNN"},
             "689 MB",
-            "fits, with about 1.45 GB at the peak, and what ten samples need: take "
+            "fits, with about 1.45 GB at the peak, and the layers' outputs for ten samples: take "
             "vmap(jacrev) with chunk_size=10",
         ),
         ({"kind": "CNN", "memory": 1}, "689 MB", "fits once, but not what a method"),

@@ -167,6 +167,20 @@ def test_pixels_of_all_samples_are_never_there_at_once(names, taught, monkeypatc
     assert peak(names["ntk"], model, X) < 0.5 * contracted
 
 
+def test_cost_bounds_the_peak_of_one_batch_and_of_two(names, taught):
+    peak = taught("scale/jacobians_without_memory")["peak_bytes"]
+    conv = nn.Conv2d(3, 16, 3, stride=2), nn.Tanh(), nn.Conv2d(16, 24, 3, stride=2)
+    pooled = nn.Conv2d(3, 16, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1)
+    for layers, width in (conv, 24 * 36), (pooled, 16):
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width, 5))
+        X, Z = torch.rand(150, 3, 28, 28), torch.rand(40, 3, 28, 28)
+        for others in [], [Z]:
+            cost = names["ntk_cost"](model, X[:32], len(X), *map(len, others))
+            found = peak(names["ntk"], model, X, *others)
+            assert found <= cost["bytes"] < 3 * found + 400e6
+            assert cost["seconds"] > 0
+
+
 def test_every_case_of_layer_support(names, taught):
     cases = taught("trust/layer_support")["cases"]
     for name, case in cases.items():

@@ -25,8 +25,9 @@ def blocks(directive, entry):
 
 
 @pytest.fixture
-def start(monkeypatch):
+def start(monkeypatch, tmp_path):
     """Return the names that the page starts from, with the downloads at hand."""
+    monkeypatch.chdir(tmp_path)  # some lines write files
     monkeypatch.setattr(sys, "path", [str(SITE / "take"), *sys.path])
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
     for name, value in (alone | {"MASTER_PORT": "0"}).items():

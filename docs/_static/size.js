@@ -52,7 +52,7 @@ function answer() {
   const kind = form.elements.kind.value;
   const [made, written] = PEAKS[kind];
   const takes = `J takes ${shown(size)} and`;
-  const peak = `${shown(made * size)} at the peak${kind === "other" ? ", and what ten samples need" : ""}`;
+  const peak = `${shown(made * size)} at the peak${kind === "other" ? ", and the layers' outputs for ten samples" : ""}`;
   const method = value.N * value.C <= 10 ? grads : METHODS[kind];
   if (made * size <= limit) return `${takes} fits, with about ${peak}: take ${method}. With few weights or large images, ${measure}.`;
   if (written * size <= limit) return `${takes} fits once: allocate it first, then write into it with ${batched} and out=, or in ${chunks}.`;

@@ -271,7 +271,9 @@ print(f"N = 8, C = 21, 512 x 512, P = {P}: {8 * 21 * 512**2 * P * 4 / 1e12:.0f} 
 # has a padding mask. Its fast path has no rule under ``vmap`` (``Batching rule not
 # implemented for aten::_nested_tensor_from_mask``): ``enable_nested_tensor=False``, or
 # for a model that you have ``torch.backends.mha.set_fastpath_enabled(False)``. ``MATH``
-# takes the attention in plain operations, for which ``vmap`` has rules.
+# takes the attention in plain operations, for which ``vmap`` has rules. For outputs
+# ``[N, C]``, ``jacobians(model, X, padding)`` from ``jacobians.py`` is ``f`` and
+# ``vmap`` in one.
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -360,7 +362,9 @@ show_error(RuntimeError, vmap(lambda x, padding: x[~padding]), tokens, padding)
 # Three ways out: ``jacrev`` over the whole batch, which does ``N`` times the work (see
 # ``compute/torch_func_jacobians.py``). One sample after the other, stacked. Or a
 # forward pass in plain operations, with a weight 0 for what is masked: ``Pooled`` has
-# the parameters of ``Trimmed``.
+# the parameters of ``Trimmed``. They agree as each sample of ``Trimmed`` goes its own
+# way. With ``if X.sum() > 0`` the samples of a batch decide together: the first way is
+# the Jacobian of this batch, the others of batches of one.
 
 whole = jacrev(lambda p: functional_call(trimmed, p, (tokens, padding)))(params)
 alone = [jacrev(pooled)(params, *sample) for sample in zip(tokens, padding)]

@@ -254,7 +254,7 @@ torch.set_num_threads(threads)
 # %%
 # What to take home
 # -----------------
-# - Compile a small Jacobian that you take tens of thousands of times, with the same
+# - Compile a small Jacobian that you take many thousands of times, with the same
 #   sizes. Otherwise the first call costs more than it gains.
 # - Compile the Jacobian, not the model in it.
 # - For several models, and for convolutions, pass ``dynamic=False``, without a mark.

@@ -436,7 +436,7 @@ N, C = 6, 4
 model, X = mlp(9, 8, 7, C), torch.rand(N, 9)
 plan = memory_plan(model, X, available=20e3)
 for n, _, chunk in jacobian_chunks(model, X, size=(plan["samples"], C)):
-    print(f"Samples {n.start} to {n.stop - 1}: {len(chunk)} blocks of rows")
+    print(f"{min(n.stop, N)} of {N} samples: {len(chunk)} blocks of rows")
     del chunk  # else it is still there while the next one is computed
 
 # %%
@@ -484,7 +484,8 @@ print("The streamed diagonal agrees with the loop.")
 # ----------------
 # ``write_jacobian`` writes the chunks into ``out``, which you allocate once and can use
 # again. Its blocks are tensors in memory or, with ``numpy.memmap``, files that are
-# larger than the memory. Later you read the rows that you need.
+# larger than the memory. Later you read the rows that you need. To see how far it is,
+# write the loop yourself: it has four lines.
 
 
 def refuse_other_shapes(title, tensors, shapes):
@@ -593,6 +594,31 @@ v = {name: torch.rand_like(block[0, 0]) for name, block in J.items()}
 J_v = sum(torch.einsum("nc...,...->nc", block, v[name]) for name, block in J.items())
 assert_close(jacobian_product(model, X, v), J_v)
 print("J v agrees with the loop.")
+
+# %%
+# Both need memory for what the layers return, of all samples. With many samples, go
+# through them in parts: ``J v`` is put together from those of the parts, and ``J^T u``
+# is their sum. Here ``J^T (J v)``, the product with the generalized Gauss-Newton matrix
+# of the square loss, as iterative solvers ask for it:
+
+
+def gram_product(model, X, v, samples):
+    """Return ``J^T (J v)``, ``{name: [*p.shape]}``, from so many samples at a time.
+
+    Raises ``ValueError`` if samples of different parts influence each other, and as the
+    two products do.
+    """
+    samples_apart(model, X, samples)
+    total = {}
+    for x in X.split(samples):
+        part = transposed_product(model, x, jacobian_product(model, x, v))
+        total = {name: total.get(name, 0) + block for name, block in part.items()}
+    return total
+
+
+J_J_v = {k: torch.einsum("nc,nc...->...", J_v, block) for k, block in J.items()}
+assert_close(gram_product(model, X, v, samples=4), J_J_v)
+print("J^T (J v) agrees with the loop.")
 
 # %%
 # Peak memory and chunk_size

@@ -591,21 +591,32 @@ for title, (case, X_case, Z_case) in cases.items():
 #
 # Will it fit, and how long does it take?
 # ---------------------------------------
-# ``K`` has ``(N C) ** 2`` numbers. Convolutions on images of 32 x 32 pixels have blocks
-# of ``J``, ``N C P`` numbers, and need about twice their memory. For the time, ``from
-# ntk import ntk_seconds``: it times both steps on a few samples, of which factors and
-# blocks take time in proportion to ``N``, and their products to ``N ** 2``. With fewer
-# than 32 samples it says too much. Here for 2000 images:
+# ``from ntk import ntk_cost``: it looks at a few samples. Factors and blocks take time
+# and memory in proportion to ``N``, or ``N + M`` for two batches, their products to ``N
+# ** 2``, or ``N M``. The peak is up to five times the memory of the factors and blocks,
+# beside ``K`` and some 200 MB. With fewer than 32 samples the time is too long. Here
+# for 2000 images, and for 2000 with 300 others:
 
-# fold: ntk_seconds
+# fold: ntk_cost
 
 
-def ntk_seconds(model, few, N):
-    """Return about how many seconds ``ntk`` takes for ``N`` samples like the few."""
-    J, times = jacobian_factors(model, few), N / len(few)
+def ntk_cost(model, few, N, M=None):
+    """Return about how many seconds ``ntk`` takes, and bytes at most, as a dictionary.
+
+    It is for ``N`` samples like the few, with themselves or with ``M`` others.
+    """
+    J = jacobian_factors(model, few)
+    J_Z = J if M is None else jacobian_factors(model, few)
     of_J = timeit.repeat(lambda: jacobian_factors(model, few), number=1, repeat=2)
-    of_K = timeit.repeat(lambda: kernel(J, J), number=1, repeat=9)
-    return min(of_J) * times + min(of_K) * times**2
+    of_K = timeit.repeat(lambda: kernel(J, J_Z), number=1, repeat=5)
+    samples, pairs = (N + (M or 0)) / len(few), N * (M or N) / len(few) ** 2
+    tensors = [*sum(map(list, J[0].values()), []), *J[1].values()]
+    held = sum(tensor.nbytes for tensor in tensors) * samples
+    held += AT_ONCE * tensors[0].itemsize
+    return {
+        "seconds": min(of_J) * samples + min(of_K) * pairs,
+        "bytes": 5 * held + kernel(J, J_Z).nbytes * pairs,
+    }
 
 
 # %%
@@ -613,10 +624,10 @@ def ntk_seconds(model, few, N):
 layers = nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 48, 3), nn.ReLU()
 mean = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10)
 cnn, few = nn.Sequential(*layers, *mean).float(), torch.rand(32, 3, 32, 32).float()
-N_C = 2000 * 10
-gigabytes = N_C**2 * 4 / 1e9, 2 * N_C * sum(p.nbytes for p in cnn.parameters()) / 1e9
-print("K takes {:.1f} GB, and twice J {:.1f} GB.".format(*gigabytes))
-print(f"K takes about {ntk_seconds(cnn, few, 2000):.0f} s, its trace less.")
+for sizes in (2000,), (2000, 300):
+    cost = ntk_cost(cnn, few, *sizes)
+    gigabytes = cost["bytes"] / 1e9
+    print(f"{sizes}: about {cost['seconds']:.0f} s, at most {gigabytes:.1f} GB")
 
 # %%
 # Kernel in tiles

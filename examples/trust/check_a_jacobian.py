@@ -331,7 +331,8 @@ def check_jacobian(model, X, jacobian, seed=0):
 # Put in your model, your ``X`` of shape ``[N, ...]``, and your Jacobian as ``{name: [N,
 # C, *p.shape]}`` for the parameters that require a gradient. An error is counted in
 # roundings of your dtype, and up to ten pass. A model with random numbers has to be in
-# ``eval()``.
+# ``eval()``. A model with a mask or other inputs: pass a module that holds these and
+# calls yours, and put its name for your model before the names of ``J``.
 
 model, X = mlp(12, 20, 8, 4), torch.rand(16, 12)
 J = vmap_jacrev(model, X)
@@ -511,6 +512,8 @@ for arguments in (
 #   Take ``eval()``.
 # - The third rounding is that of a model that is continuous. Behind a jump, such as a
 #   parameter that is rounded to an integer, wrong blocks can pass.
+# - An error in a few entries of ``N * C`` rows can hide below what the sum of all
+#   rounds, such as one percent of one filter for one sample. Check fewer samples.
 # - In ``bfloat16`` and ``float16`` roundings are large, and grow with ``N * C``: wrong
 #   blocks pass. Check the method on ``model.float()``.
 

@@ -720,11 +720,19 @@ for library, (right, wrong, errors) in stored.items():
 # - ``SqrtGGNExact`` finds its quantities by the address of a layer's output. A view of
 #   the same address and shape, such as a square transpose after the converter, hides
 #   that axes swap.
+# - BackPACK's converter takes operations in place for others that are not. If a skip
+#   reads what one overwrites, as in a block that starts with ``ReLU(inplace=True)``,
+#   the converted model is another function. No case has this: the last lines test it.
 # - ``jacrev`` is wrong for ``torch.cdist``, where ``is_grads_batched`` is right.
 
 for method in methods:
     names = [name for name in cases if results[name, method] == "wrong"]
     print(f"{method}: {'; '.join(names) or 'none'}")
+
+overwritten = own(lambda m, x: m.a(x) + x, nn.ReLU, inplace=True)
+for method, verdict in verdicts(*seeded(overwritten)()).items():
+    if verdict == "wrong":
+        print(f"A skip reads what ReLU(inplace=True) overwrites: {method}, wrong")
 
 # %%
 # A method for each case

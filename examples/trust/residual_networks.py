@@ -457,9 +457,11 @@ for title, step in cases.items():
 print("vmap_jacrev agrees with the loop for each.")
 
 right = vmap_jacrev(net, x)["conv1.weight"]
-found = sqrt_ggn(extend(net, use_converter=True), x)["conv1.weight"]
-same = torch.allclose(found, right)
-print("sqrt_ggn after the converter alone:", "right" if same else "wrong, no error")
+for method in batch_grad, sqrt_ggn:
+    converted = extend(copy.deepcopy(net), use_converter=True)
+    same = torch.allclose(method(converted, x)["conv1.weight"], right)
+    verdict = "right" if same else "wrong, no error"
+    print(f"{method.__name__} after the converter alone: {verdict}")
 
 # %%
 # A layer with parameters and without a rule, such as ``GroupNorm``, fails with both

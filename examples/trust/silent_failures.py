@@ -193,6 +193,10 @@ Z = torch.rand(N, D)  # other inputs
 # ``divisor_override`` of ``AvgPool2d``, not the initial state of an ``LSTM``. What
 # flows back through the cell state of an ``LSTM`` is lost. Instead: a number for
 # ``padding``, or a method without rules.
+#
+# ``extend(model, use_converter=True)`` rewrites a model, and does not read ``inplace``.
+# If a skip reads what ``ReLU(inplace=True)`` has overwritten, the new model is another
+# function. Instead: compare the outputs of both, or a method without rules.
 
 
 def lstm(function):
@@ -210,6 +214,13 @@ def cell_state(m, X):
     return m.out(outputs[:, -1] + cell[0])
 
 
+def convert(model):
+    return extend(copy.deepcopy(model), use_converter=True)
+
+
+relu = nn.ReLU(inplace=True)
+overwritten = net(lambda m, X: m.out(m.relu(h := m.hidden(X)) + h), relu=relu)
+converted = partial(from_batch_grad, prepare=convert)
 record = partial(record_failure, "BackPACK: options")
 same, circular = conv(padding="same"), conv(padding=1, padding_mode="circular")
 pool = conv(nn.AvgPool2d(2, divisor_override=3))
@@ -219,6 +230,7 @@ record("Circular, SqrtGGN", circular, from_sqrt_ggn, vmap_jacrev)
 record("divisor_override", pool, from_sqrt_ggn, from_batch_grad)
 record("Initial state", lstm(initial_state), from_batch_grad, is_grads_batched)
 record("Cell state", lstm(cell_state), from_batch_grad, is_grads_batched)
+record("In place, and a skip", overwritten, converted, vmap_jacrev)
 
 # %%
 # BackPACK: one parameter used twice
