@@ -97,6 +97,9 @@ take_away = {
         ["ntk", "write_ntk", "ntk_cost", "jacobian_factors", "squared_norms"],
     ),
     "uncertainty": ("use/error_bars", ["error_bars", "laplace_softmax"]),
+    "levenberg_marquardt": ("use/levenberg_marquardt", ["levenberg_marquardt"]),
+    "influence": ("use/influence", ["influence", "optimum"]),
+    "fisher": ("use/active_learning", ["most_informative", "fisher_rows"]),
 }
 # Local inventories of the names that the tutorials use: no request at build time.
 intersphinx_mapping = {

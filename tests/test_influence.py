@@ -162,3 +162,50 @@ def test_page_shows_what_it_claims(names):
     means = [np.mean(names["found"][k]) for k in names["sizes"]]
     assert means == sorted(means)
     assert names["each"] < 0.8  # with a weak decay
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_are_those_of_the_steps(dtype, names):
+    model, X, y = make(seed=8, N=20)
+    names["optimum"](model, X, y, 0.5)
+    e, L = names["derivatives"](model(X), y)
+    rows = names["flat"](names["vmap_jacrev"](model, X))
+    X_test, y_test = X[:4].sin(), y[4:8]
+    g = names["gradient"](model, X_test, y_test)
+    expected = names["steps_without"](rows, L, e, 0.5) @ g
+    args = (X.to(dtype), y, X_test.to(dtype), y_test, 0.5)
+    scores = names["influence"](model.to(dtype), *args)
+    assert_close(scores, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_scores_of_the_last_layer_alone(names):
+    model, X, y = make(seed=9, N=20)
+    names["optimum"](model, X, y, 0.5)
+    last, hidden = model[-1], model[:-1](X).detach()
+    expected = names["influence"](last, hidden, y, hidden[:4], y[:4], 0.5)
+    _ = model[:-1].requires_grad_(False)
+    assert_close(names["influence"](model, X, y, X[:4], y[:4], 0.5), expected)
+
+
+def test_the_last_layer_of_a_relu_network_has_an_optimum(names):
+    torch.manual_seed(12)
+    model = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3)).double()
+    X, y = torch.randn(30, 5).double(), torch.randint(3, (30,))
+    _ = model[:-1].requires_grad_(False)
+    names["optimum"](model, X, y, 1.0)
+    scores = names["influence"](model, X, y, X[:6].cos(), y[:6], 1.0)
+    assert scores.isfinite().all() and (scores != 0).any()
+
+
+def test_a_model_that_is_not_at_its_optimum_is_refused(names):
+    model, X, y = make(seed=10)
+    with pytest.raises(ValueError, match="not at its optimum: a gradient of"):
+        names["influence"](model, X, y, X, y, 1.0)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor(1), torch.tensor([1, 0])])
+def test_labels_of_another_shape_are_refused(labels, names):
+    model, X, y = make(seed=11)
+    names["optimum"](model, X, y, 1.0)
+    with pytest.raises(ValueError, match=r"labels must have the shape \[N\], but have"):
+        names["influence"](model, X, y, X[:3], labels, 1.0)

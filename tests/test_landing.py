@@ -87,8 +87,8 @@ def answer(form):
         (
             {"kind": "CNN"},
             "689 MB",
-            "fits, with about 1.45 GB at the peak, and the layers' outputs for ten samples: take "
-            "vmap(jacrev) with chunk_size=10",
+            "fits, with about 1.45 GB at the peak, and the layers' outputs for ten "
+            "samples: take vmap(jacrev) with chunk_size=10",
         ),
         ({"kind": "CNN", "memory": 1}, "689 MB", "fits once, but not what a method"),
         ({"kind": "CNN", "memory": 0.5}, "689 MB", "does not fit"),

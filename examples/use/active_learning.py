@@ -124,8 +124,9 @@ print(f"The Fisher matrix, {P} by {P}, is the second derivative of the loss.")
 def most_informative(rows, known, count, prior=1.0):
     """Return ``count`` indices that gain most, one by one, and the inverse of A then.
 
-    ``rows [N, C, P]`` are Fisher rows, ``known`` is a list of indices with a label.
-    Raises ``ValueError`` if fewer than ``count`` others are left.
+    ``rows [N, C, P]`` are Fisher rows, ``known`` is a list of indices into them with a
+    label, and ``prior`` is what the weight decay of a summed loss would be. Raises
+    ``ValueError`` if fewer than ``count`` others are left.
     """
     N, C, P = rows.shape
     left, identity = torch.ones(N, dtype=torch.bool), torch.eye(C).to(rows)

@@ -29,6 +29,11 @@ from torch.testing import assert_close
 # reached with L-BFGS until the gradient is small. And weight decay keeps the matrix of
 # second derivatives invertible: ``decay / 2`` times the squared norm, beside the sum of
 # all losses, or ``decay / N`` as the ``weight_decay`` of Adam with a mean loss.
+#
+# Your own network, from Adam or AdamW, is not at its optimum: ``from influence import
+# influence, optimum``, and go on with ``optimum(model.double(), X.double(), y,
+# decay)``. See whether it still predicts the same. With ReLU the gradient need not
+# vanish: take the last layer alone, ``model[:-1].requires_grad_(False)``.
 
 # fold: Jacobian, data, and training
 torch.set_default_dtype(torch.float64)
@@ -136,9 +141,16 @@ def flat(jacobian):
     return torch.cat([block.flatten(2) for block in jacobian.values()], 2)
 
 
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def gradient(model, X, y):
     """Return the gradient of the mean loss, ``[P]``."""
-    grads = autograd.grad(cross_entropy(model(X), y), model.parameters())
+    if y.shape != X.shape[:1]:
+        shapes = f"{list(y.shape)} for inputs {list(X.shape)}"
+        raise ValueError(f"labels must have the shape [N], but have {shapes}")
+    grads = autograd.grad(cross_entropy(model(X), y), trained(model))
     return torch.cat([g.flatten() for g in grads])
 
 
@@ -146,16 +158,49 @@ def gradient(model, X, y):
 # The gradient of the mean test loss times a step is the change to expect. A positive
 # number says that the test loss rises without the sample: it helps.
 
+
+def influence(model, X, y, X_test, y_test, decay):
+    """Return ``[N]``: by how much the mean test loss grows without sample n.
+
+    ``model(X) [N, C]`` are logits, trained on labels ``y [N]`` as ``optimum`` does.
+    ``y_test`` are the true labels, or others whose loss you ask about. Needs memory for
+    the Jacobian and a matrix ``[P, P]``. Raises ``ValueError`` if the model is not at
+    its optimum, or labels have another shape.
+    """
+    theta = torch.cat([p.detach().flatten() for p in trained(model)])
+    slope, pull = len(X) * gradient(model, X, y) + decay * theta, decay * theta.norm()
+    if not slope.norm() < 0.1 * pull:
+        off = f"a gradient of {slope.norm():.2g}, with {pull:.2g} from the weight decay"
+        raise ValueError(f"the model is not at its optimum: {off}")
+    e, L = derivatives(model(X).double(), y)
+    steps = steps_without(flat(vmap_jacrev(model, X)).double(), L, e, decay)
+    return steps @ gradient(model, X_test, y_test).double()
+
+
+scores = influence(model, X, y, X_test, y_test, decay)
+print(f"{(scores > 0).sum()} of {N} training digits help, {(scores < 0).sum()} harm.")
+
+# %%
+# Why does the network say what it says? Ask about the label that it predicts. These
+# training digits are behind its first answer:
+
+x = X_test[:1]  # a batch of one
+said = model(x).argmax(1)
+most = influence(model, X, y, x, said, decay).argsort(descending=True)[:5]
+print(f"It says {(3, 5, 8)[said]}, due to digits {most.tolist()}")
+print(f"with the labels {[(3, 5, 8)[label] for label in y[most]]}.")
+
+# %%
+# Each step agrees with the one from a matrix without the sample.
+
 e, L = derivatives(model(X), y)
 rows = flat(vmap_jacrev(model, X))
 steps = steps_without(rows, L, e, decay)
-scores = steps @ gradient(model, X_test, y_test)
-print(f"{(scores > 0).sum()} of {N} training digits help, {(scores < 0).sum()} harm.")
-
 n = scores.argmax()
 G = gauss_newton(rows, L, decay) - rows[n].T @ L[n] @ rows[n]
 assert_close(steps[n], torch.linalg.solve(G, rows[n].T @ e[n]))
-print("The step agrees with the one from a matrix without the sample.")
+assert_close(steps @ gradient(model, X_test, y_test), scores)
+print("The step for the most helpful digit agrees.")
 
 # %%
 # Retrained without a sample
@@ -227,7 +272,7 @@ plt.show()
 # Which training digits are to blame for a wrong answer? The gradient of that test
 # digit's own loss takes the place of the mean. For each test digit that the network
 # gets wrong, we leave out the ten most harmful, train again, and compare with ten
-# random ones.
+# random ones. (``m`` has shape ``[1]``, so ``X_test[m]`` is a batch of one.)
 
 wrong, right = (model(X_test).argmax(1) != y_test).nonzero(), [0, 0]
 for m in wrong:
