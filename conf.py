@@ -90,15 +90,20 @@ take_away = {
     "memory_plan": (
         "scale/jacobians_without_memory",
         ["memory_plan", "jacobian_chunks", "write_jacobian"]
-        + ["transposed_product", "jacobian_product", "gram_product", "gram_diagonal"],
+        + ["transposed_product", "jacobian_product", "gram_operator", "gram_diagonal"],
     ),
     "ntk": (
         "scale/neural_tangent_kernel",
         ["ntk", "write_ntk", "ntk_cost", "jacobian_factors", "squared_norms"],
     ),
-    "uncertainty": ("use/error_bars", ["error_bars", "laplace_softmax"]),
+    "uncertainty": (
+        "use/error_bars",
+        ["error_bars", "laplace_softmax"]
+        + ["last_inputs", "kronecker_factors", "kronecker_softmax"],
+    ),
     "levenberg_marquardt": ("use/levenberg_marquardt", ["levenberg_marquardt"]),
     "influence": ("use/influence", ["influence", "optimum"]),
+    "clipped_gradient": ("use/private_training", ["clipped_gradient"]),
     "fisher": ("use/active_learning", ["most_informative", "fisher_rows"]),
 }
 # Local inventories of the names that the tutorials use: no request at build time.

@@ -199,8 +199,8 @@ print(f"SqrtGGNExact: one pass, and the same {len(jacobian)} blocks.")
 # every layer. Without one, ``SqrtGGNExact`` raises; ``BatchGrad`` warns and stores
 # nothing, and here the warning counts as an error. Where two layers share a weight, or
 # a forward hook changes an output, a rule does not know: both can be wrong, and nothing
-# is said. A ResNet, with ``inplace=True`` or ``+=``, has to be converted first:
-# ``trust/residual_networks.py``.
+# is said. A ResNet, with ``inplace=True`` or ``+=``, has to be converted first, and its
+# outputs compared: ``trust/residual_networks.py``.
 
 tied, twin = nn.Linear(D_hidden, D_hidden), nn.Linear(D_hidden, D_hidden)
 twin.weight = tied.weight

@@ -255,27 +255,32 @@ def test_bad_arguments_are_named(page, function, bad, text):
 @pytest.mark.parametrize("N, D, C", [(7, 3, 5), (4, 6, 2)])
 def test_last_layer_needs_no_jacobian(page, N, D, C):
     torch.manual_seed(8)
-    model, X = net(3, D, C), torch.randn(N, 3)
+    model, X, X_new = net(3, D, C), torch.randn(N, 3), torch.randn(11, 3)
     phi, fs = page["last_inputs"](model, model[-1], X), model(X).detach()
-    for p in model[:-1].parameters():
-        p.requires_grad_(False)
-    J, _ = dense_jacobian(model, X)  # weight [C, D], then bias [C]
+    phi_new, fs_new = page["last_inputs"](model, model[-1], X_new), model(X_new)
+    _ = model[:-1].requires_grad_(False)
+    J, _ = dense_jacobian(model, X_new)  # weight [C, D], then bias [C]
     J = torch.cat([J[..., :-C].unflatten(2, (C, D)), J[..., -C:, None]], 3).flatten(2)
     y = torch.arange(N) % C
-    curvature = hessian(lambda fs: cross_entropy(fs, y, reduction="sum"), fs)
-    ggn = torch.einsum("ncp,ncmd,mdq->pq", J, curvature, J)
-    S = (ggn.diagonal() + 0.4).diag().inverse()
-    assert_close(page["diagonal_variance"](phi, fs, 0.4), (J @ S * J).sum(2))
-    B, A = torch.randn(C, C), torch.randn(D + 1, D + 1)
-    B, A = B @ B.T, A @ A.T
-    S = (torch.kron(B, A) + 0.4 * torch.eye(C * (D + 1))).inverse()
-    U, variance = page["kronecker_form"](phi, B, A, 0.4)
-    covariance = torch.einsum("ncp,pq,ndq->ncd", J, S, J)
+    B = sum(hessian(lambda f: cross_entropy(f[None], y[:1]), f) for f in fs) / N
+    S = torch.kron(B, phi.T @ phi) + 0.4 * torch.eye(C * (D + 1))
+    covariance = torch.einsum("ncp,pq,ndq->ncd", J, S.inverse(), J)
+    factors = page["kronecker_factors"](phi, fs)
+    variance, U = page["kronecker_variance"](factors, phi_new, 0.4), factors[1]
     assert_close(U.T @ covariance @ U, variance.diag_embed())
-    draws = page["drawn_softmax"](fs, variance, U, draws=20000)
-    normal = torch.distributions.MultivariateNormal(fs, covariance)
-    expected = normal.sample((20000,)).softmax(2).mean(0)
-    assert_close(draws, expected, atol=0.02, rtol=0)
+    found = page["kronecker_softmax"](factors, phi_new, fs_new, 0.4, draws=20000)
+    normal = torch.distributions.MultivariateNormal(fs_new.detach(), covariance)
+    assert_close(found, normal.sample((20000,)).softmax(2).mean(0), atol=0.02, rtol=0)
+    floats = phi_new.float(), fs_new.float()
+    single = page["kronecker_softmax"](factors, *floats, 0.4, draws=20000)
+    assert single.dtype == torch.float32
+    assert_close(single.double(), found, atol=0.02, rtol=0)
+
+
+def test_inputs_of_tokens_have_to_be_flat(page):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5))
+    with pytest.raises(ValueError, match=r"must be \[N, D\], but are \[6, 2, 4\]"):
+        page["last_inputs"](model, model[-1], torch.rand(6, 2, 3))
 
 
 def test_the_universal_jacobian_takes_the_place_of_the_recipe(page, taught):

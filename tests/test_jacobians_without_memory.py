@@ -153,7 +153,7 @@ def test_chunks_sums_and_products_are_right(model_and_inputs, names):
     J_v = sum((J[k] * v[k].conj()).real.reshape(N, C, -1).sum(2) for k in J)
     assert_close(names["jacobian_product"](model, X, v), J_v)
     J_J_v = {k: torch.tensordot(J_v.to(b.dtype), b, 2) for k, b in J.items()}
-    assert_close(names["gram_product"](model, X, v, 2), J_J_v)
+    assert_close(names["gram_operator"](model, X, 2)(v), J_J_v)
     J_u = {k: torch.tensordot(u.to(block.dtype), block, 2) for k, block in J.items()}
     assert_close(names["transposed_product"](model, X, u), J_u)
     after = state(model, X)
@@ -307,9 +307,8 @@ def test_samples_that_mix_raise_before_the_first_chunk(mixing, names):
     with pytest.raises(ValueError, match="samples influence each other"):
         names["write_jacobian"](model, X, out, (3, C))
     assert not any(block.any() for block in out.values())
-    v = {name: torch.rand_like(p) for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match="samples influence each other"):
-        names["gram_product"](model, X, v, 3)
+        names["gram_operator"](model, X, 3)
 
 
 def test_samples_are_never_all_there_at_once(names):
@@ -321,8 +320,9 @@ def test_samples_are_never_all_there_at_once(names):
     )
     assert large < 1.5 * small  # it is X that grows
     v = {name: torch.rand_like(p) for name, p in model.named_parameters()}
-    product, X = names["gram_product"], torch.rand(32, 2, 20, 20)
-    parts, all_at_once = (names["peak_bytes"](product, model, X, v, n) for n in (2, 32))
+    operator, X = names["gram_operator"], torch.rand(32, 2, 20, 20)
+    products = [operator(model, X, n) for n in (2, 32)]
+    parts, all_at_once = (names["peak_bytes"](product, v) for product in products)
     assert parts < 0.3 * all_at_once
 
 

@@ -241,8 +241,9 @@ print("With attention the shares sum to the row of each output, not of each posi
 # Images of outputs
 # -----------------
 # The recipe takes ``[N, C, H, W]`` as it is. At real sizes the result does not fit
-# anywhere: count it first. Then choose pixels inside ``f``. A weighted sum of all rows
-# does not need them: it is one backward pass, a product of
+# anywhere: count it first. Then choose pixels inside ``f``, or take what you need of
+# them, such as the mean of each channel, ``[N, C]`` rows. A weighted sum over all
+# samples, too, is one backward pass, a product of
 # ``scale/jacobians_without_memory.py``.
 
 small, images = nn.Conv2d(2, 3, 3, padding=1), torch.rand(N, 2, H, W)
@@ -254,10 +255,16 @@ def pixels(params, x):  # [C, K] of one sample
     return functional_call(segment, params, x[None])[0][:, rows, columns]
 
 
+def channel_means(params, x):  # [C] of one sample
+    return functional_call(segment, params, x[None])[0].mean((1, 2))
+
+
 J = vmap_jacrev(segment, images)
 check("image", J, segment(images), segment)
 J_pixels = vmap(jacrev(pixels), (None, 0))(detached_params(segment), images)
 check("chosen pixels", J_pixels, segment(images)[:, :, rows, columns], segment)
+J_means = vmap(jacrev(channel_means), (None, 0))(detached_params(segment), images)
+check("vector", J_means, segment(images).mean((2, 3)), segment)
 real = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 512, 3), nn.Conv2d(512, 21, 1))
 P = sum(p.numel() for p in real.parameters())
 print(f"N = 8, C = 21, 512 x 512, P = {P}: {8 * 21 * 512**2 * P * 4 / 1e12:.0f} TB")

@@ -8,6 +8,7 @@ know what it gains at which sizes, after how many calls it has paid, and what br
 
 # fold: Imports
 import copy
+import logging
 import os
 import shutil
 import tempfile
@@ -29,11 +30,12 @@ from torch.utils.benchmark.utils.timer import timer
 # function ``jacobian(params, X)``. The Jacobian ``J`` has shape ``[N, C, *p.shape]``
 # for each parameter ``p``, as before, and the same numbers, also for new parameters.
 # The first call compiles, into files in ``TORCHINDUCTOR_CACHE_DIR``, also for later
-# processes. ``mark_dynamic`` lets any number of samples use the result. With
-# convolutions it raises in PyTorch 2.13 (``Constraints violated``): leave it away, and
-# pass ``dynamic=False``.
+# processes. ``mark_dynamic``, on the first ``X``, lets any number of samples above one
+# use the result. With convolutions it raises (``Constraints violated``, PyTorch 2.13):
+# leave it away, and pass ``dynamic=False``.
 
 # fold: The recipe, the reference, and where the compiler is and writes
+logging.getLogger("torch._dynamo.convert_frame").setLevel("ERROR")  # a limit is below
 
 threads = torch.get_num_threads()
 torch.set_num_threads(1)
@@ -165,7 +167,9 @@ plt.show()
 # New sizes
 # ---------
 # Without a mark, the second ``N`` compiles again, and then for all ``N``. Convolutions
-# compile for each ``N``. To notice that it compiles again, forbid it.
+# compile for each ``N``, and after ``recompile_limit`` of them PyTorch runs what is new
+# uncompiled, with a line in its log only: fill up ``X`` to a few sizes, or raise
+# ``torch._dynamo.config.recompile_limit``. To notice either, forbid it.
 # ``backend="aot_eager"`` only records the operations, without a C++ compiler. It gains
 # what ``vmap`` and ``jacrev`` do in Python.
 
@@ -179,6 +183,11 @@ eager, fast = (median_ms(g, cnn_params, images) for g in (of_cnn, traced))
 print(f"CNN: eager {eager:.2f} ms, traced {fast:.2f} ms, ratio {eager / fast:.1f}")
 with torch.compiler.set_stance("fail_on_recompile"):
     print(message(traced, cnn_params, images[:5]))
+print("recompile_limit:", torch._dynamo.config.recompile_limit)
+limit = {"recompile_limit": 1, "fail_on_recompile_limit_hit": True}
+fixed = torch.compile(of_cnn, backend="aot_eager", dynamic=False)
+with torch._dynamo.config.patch(limit):
+    print(message(fixed, cnn_params, images[:5]))
 
 # %%
 # Two models
@@ -255,7 +264,7 @@ torch.set_num_threads(threads)
 # What to take home
 # -----------------
 # - Compile a small Jacobian that you take many thousands of times, with the same
-#   sizes. Otherwise the first call costs more than it gains.
+#   sizes or a mark. Otherwise the first call costs more than it gains.
 # - Compile the Jacobian, not the model in it.
 # - For several models, and for convolutions, pass ``dynamic=False``, without a mark.
 #

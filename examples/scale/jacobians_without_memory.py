@@ -485,7 +485,7 @@ print("The streamed diagonal agrees with the loop.")
 # ``write_jacobian`` writes the chunks into ``out``, which you allocate once and can use
 # again. Its blocks are tensors in memory or, with ``numpy.memmap``, files that are
 # larger than the memory. Later you read the rows that you need. To see how far it is,
-# write the loop yourself: it has four lines.
+# take the loop in it, and print ``n.stop``.
 
 
 def refuse_other_shapes(title, tensors, shapes):
@@ -599,25 +599,29 @@ print("J v agrees with the loop.")
 # Both need memory for what the layers return, of all samples. With many samples, go
 # through them in parts: ``J v`` is put together from those of the parts, and ``J^T u``
 # is their sum. Here ``J^T (J v)``, the product with the generalized Gauss-Newton matrix
-# of the square loss, as iterative solvers ask for it:
+# of the square loss, as a function for an iterative solver. ``samples`` is how many at
+# a time: what layers return for them has to fit.
 
 
-def gram_product(model, X, v, samples):
-    """Return ``J^T (J v)``, ``{name: [*p.shape]}``, from so many samples at a time.
+def gram_operator(model, X, samples):
+    """Return the function from ``v`` to ``J^T (J v)``, both ``{name: [*p.shape]}``.
 
-    Raises ``ValueError`` if samples of different parts influence each other, and as the
-    two products do.
+    Raises ``ValueError`` if samples of different parts influence each other.
     """
     samples_apart(model, X, samples)
-    total = {}
-    for x in X.split(samples):
-        part = transposed_product(model, x, jacobian_product(model, x, v))
-        total = {name: total.get(name, 0) + block for name, block in part.items()}
-    return total
+
+    def product(v):
+        total = {}
+        for x in X.split(samples):
+            part = transposed_product(model, x, jacobian_product(model, x, v))
+            total = {name: total.get(name, 0) + block for name, block in part.items()}
+        return total
+
+    return product
 
 
 J_J_v = {k: torch.einsum("nc,nc...->...", J_v, block) for k, block in J.items()}
-assert_close(gram_product(model, X, v, samples=4), J_J_v)
+assert_close(gram_operator(model, X, samples=4)(v), J_J_v)
 print("J^T (J v) agrees with the loop.")
 
 # %%

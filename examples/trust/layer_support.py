@@ -616,7 +616,8 @@ for method in methods:
 # The verdicts for layers that most people ask about, in double precision: that of
 # ``vmap(jacrev)``, and of BackPACK's ``BatchGrad`` and ``SqrtGGNExact``. An error may
 # be a warning, after which a block is missing. BackPACK takes a ResNet, with skips and
-# ``inplace=True``, after a conversion: ``trust/residual_networks.py``. An LSTM or RNN
+# ``inplace=True``, after a conversion, unless a skip reads what was overwritten:
+# ``trust/residual_networks.py``. An LSTM or RNN
 # has one layer, one direction and no initial state here: ``trust/sequence_models.py``
 # has its limits.
 

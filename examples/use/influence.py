@@ -31,9 +31,11 @@ from torch.testing import assert_close
 # all losses, or ``decay / N`` as the ``weight_decay`` of Adam with a mean loss.
 #
 # Your own network, from Adam or AdamW, is not at its optimum: ``from influence import
-# influence, optimum``, and go on with ``optimum(model.double(), X.double(), y,
-# decay)``. See whether it still predicts the same. With ReLU the gradient need not
-# vanish: take the last layer alone, ``model[:-1].requires_grad_(False)``.
+# influence, optimum``, and train a copy on, ``optimum(copy.deepcopy(model).double(),
+# X.double(), y, decay)``, with a ``decay`` such as one here. See whether it still
+# predicts the same. With ReLU the gradient need not vanish: take the last layer alone,
+# ``model[:-1].requires_grad_(False)``. The scores then tell what another fit of this
+# layer would do, and nothing of the layers before it.
 
 # fold: Jacobian, data, and training
 torch.set_default_dtype(torch.float64)
@@ -206,18 +208,28 @@ print("The step for the most helpful digit agrees.")
 # Retrained without a sample
 # --------------------------
 #
-# Now the truth: we leave out one of 10 random digits, train again from the optimum, and
-# measure the test loss. We repeat it with other digits and weights. Two simpler scores
-# need no ``G``: the product of the sample's gradient and that of the test loss, and the
-# sample's own loss.
-
-# fold: Training again, for five seeds
+# Now the truth: we leave out the digit of the largest score, train again from the
+# optimum, and measure the loss. Check a few of yours like this.
 
 
 def retrained(model, X, y, decay, left_out):
     """Return a copy of the model, trained on from here without the samples left out."""
     keep = ~torch.isin(torch.arange(len(X)), left_out)
     return optimum(copy.deepcopy(model), X[keep], y[keep], decay)
+
+
+other, (n,) = retrained(model, X, y, decay, most[:1]), most[:1].tolist()
+with torch.no_grad():
+    measured = cross_entropy(other(x), said) - cross_entropy(model(x), said)
+predicted = influence(model, X, y, x, said, decay)[n]
+print(f"Without digit {n}: loss {measured:+.4f}, predicted {predicted:+.4f}")
+
+# %%
+# The same for ten random digits of five networks, and the test loss. Two simpler scores
+# need no ``G``: the product of the sample's gradient and that of the test loss, and the
+# sample's own loss.
+
+# fold: Training again, for five seeds
 
 
 def correlation(a, b):

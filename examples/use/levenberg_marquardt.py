@@ -164,7 +164,8 @@ print(f"damping from {high:.0e} to {low:.0e}")
 # Regression
 # ----------
 # The function takes one input: give it the targets as last columns. To take it along:
-# ``from levenberg_marquardt import levenberg_marquardt``.
+# ``from levenberg_marquardt import levenberg_marquardt``, and this class. All here is
+# in double precision.
 
 
 class Misfit(nn.Module):
