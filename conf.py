@@ -51,6 +51,7 @@ tutorial_order = {
     ],
     "use": [
         "error_bars",
+        "classifier_confidence",
         "training_predicted",
         "levenberg_marquardt",
         "influence",
@@ -96,10 +97,10 @@ take_away = {
         "scale/neural_tangent_kernel",
         ["ntk", "write_ntk", "ntk_cost", "jacobian_factors", "squared_norms"],
     ),
-    "uncertainty": (
-        "use/error_bars",
-        ["error_bars", "laplace_softmax"]
-        + ["last_inputs", "kronecker_factors", "kronecker_softmax"],
+    "error_bars": ("use/error_bars", ["error_bars"]),
+    "laplace_softmax": (
+        "use/classifier_confidence",
+        ["laplace_softmax", "last_inputs", "kronecker_factors", "kronecker_softmax"],
     ),
     "levenberg_marquardt": ("use/levenberg_marquardt", ["levenberg_marquardt"]),
     "influence": ("use/influence", ["influence", "optimum"]),

@@ -1,6 +1,7 @@
-"""The functions of ``error_bars.py`` on other data, models and seeds."""
+"""The functions of the pages on error bars and on classifiers, on other data."""
 
 import copy
+from collections import ChainMap
 
 import numpy
 import pytest
@@ -14,7 +15,7 @@ from torch.testing import assert_close
 
 @pytest.fixture(scope="module")
 def page(taught):
-    return taught("use/error_bars")
+    return ChainMap(taught("use/error_bars"), taught("use/classifier_confidence"))
 
 
 def net(*widths):

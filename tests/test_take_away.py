@@ -59,7 +59,8 @@ def test_error_bars_run_as_a_reader_imports_them():
     code = """
         import sys, torch
         sys.path.insert(0, "take")
-        from uncertainty import error_bars, laplace_softmax
+        from error_bars import error_bars
+        from laplace_softmax import laplace_softmax
         model, X, X_new = torch.nn.Linear(4, 3), torch.rand(9, 4), torch.rand(5, 4)
         sd, fit = error_bars(model, X, torch.rand(9, 3), X_new)
         p = laplace_softmax(model, X, X_new, precision=1.0)

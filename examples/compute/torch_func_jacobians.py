@@ -328,7 +328,7 @@ for case, (function, value) in cases.items():
 # The last layer alone needs no differentiation at all: with its inputs ``phi`` from
 # above, its Jacobian is an outer product with the identity :math:`\delta`. With many
 # classes nearly all of it is zero and it fits nowhere: keep ``phi``, as
-# ``use/error_bars.py`` does in its last section.
+# ``use/classifier_confidence.py`` does in its last section.
 #
 # .. math::
 #

@@ -3,9 +3,9 @@ Error bars for a network
 ========================
 
 After this page you can put error bars on the predictions of a network that is already
-trained: intervals for regression, and probabilities for classification that are less
-sure far from the data. You need its Jacobian and one fit of a linear model. The method
-is called the linearized Laplace approximation.
+trained for a regression. You need its Jacobian and one fit of a linear model. The
+method is called the linearized Laplace approximation. For classes, it has a page of its
+own.
 """
 
 # fold: Imports
@@ -15,13 +15,12 @@ from contextlib import contextmanager
 import matplotlib.pyplot as plt
 import torch
 from scipy.stats import spearmanr
-from sklearn.datasets import load_diabetes, load_iris, make_friedman1
+from sklearn.datasets import load_diabetes, make_friedman1
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import DotProduct
 from sklearn.linear_model import BayesianRidge
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
-from torch.nn.functional import cross_entropy, nll_loss
 from torch.testing import assert_close
 
 torch.set_default_dtype(torch.float64)
@@ -109,8 +108,7 @@ def refuse_other_samples(X, X_new):
 #
 # Of ``P`` directions in parameter space, the rows of ``J`` span at most ``N * C``: the
 # columns of ``Q``. The fit is done in these. In all others, the doubt stays that of the
-# prior. To import this function, or ``laplace_softmax`` from below, download
-# ``uncertainty.py``.
+# prior.
 
 
 def error_bars(model, X, Y, X_new):
@@ -302,252 +300,12 @@ process.fit(J.numpy(), target.numpy())
 doubt = torch.tensor(process.predict(J_test.numpy(), return_std=True)[1]) ** 2
 assert_close(doubt + noise, sd.flatten() ** 2)
 print(f"{list(H.shape)} and a Gaussian process of {len(J)} rows give the same bars.")
-
-# %%
-# Confidence of a classifier
-# --------------------------
-# ``from uncertainty import laplace_softmax``, and ``laplace_softmax(model.eval(), X,
-# X_new, precision)`` with all training samples ``X``, which it takes in chunks.
-#
-# - ``precision``: **choose it on held-out data**, as below, for a last layer, too. The
-#   loss is cross-entropy, summed over samples, plus ``precision / 2`` times the squared
-#   norm of ``theta``, a normal prior. So the ``weight_decay`` of SGD or Adam with a
-#   mean loss stands for ``N * weight_decay``. But that is often far too small, and the
-#   network unsure on its own data. That of AdamW is no such prior.
-# - The matrix takes ``8 P ** 2`` bytes, which fits for some 10 000 parameters. For
-#   larger networks require gradients of the last layer alone, ``model.fc`` or
-#   ``model[-1]``: ``model.requires_grad_(False)``, ``model.fc.requires_grad_(True)``.
-#   To train again: ``model.requires_grad_(True)``.
-#
-# The second derivatives of cross-entropy by the outputs are ``diag(p) - p p^T``,
-# whatever the labels are. ``J`` carries them to the parameters: the generalized
-# Gauss-Newton matrix (GGN), ``[P, P]``. With the prior on its diagonal, its inverse is
-# the covariance of the parameters. We draw parameters from it, and average the softmax
-# of the linear model.
-
-
-def softmax_precision(J, fs, precision):
-    """Return the GGN ``[P, P]`` of a softmax plus the prior, with ``J [N, C, P]``."""
-    p = fs.softmax(1)
-    curvature = p.diag_embed() - p[:, :, None] * p[:, None]
-    H = torch.einsum("ncp,ncd,ndq->pq", J, curvature, J)
-    return H + precision * torch.eye(len(H)).to(H)
-
-
-def draws_of_parameters(H, draws):
-    """Return ``[P, draws]``: normal numbers with the precision ``H``."""
-    generator = torch.Generator().manual_seed(0)
-    draw = torch.randn(len(H), draws, generator=generator, device="cpu").to(H)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(H).mT, draw, upper=True)
-
-
-def confidence(J, fs, changes):
-    """Return mean probabilities ``[N, C]`` for changes ``[P, draws]`` of parameters."""
-    return (fs[..., None] + J @ changes.to(J)).softmax(1).mean(2)
-
-
-# %%
-# With these, the function goes through the samples in chunks.
-
-AT_ONCE = 64  # samples whose rows are in memory
-
-
-def laplace_softmax(model, X, X_new, precision, draws=500):
-    """Return probabilities ``[N_new, C]`` of classes, averaged over parameters.
-
-    The model returns logits ``[N, C]``, is trained on ``X [N, ...]`` with the summed
-    cross-entropy plus ``precision / 2`` times the squared norm of its parameters, and
-    is in eval mode. Needs memory for a matrix ``[P, P]`` and the rows of ``AT_ONCE``
-    samples. Raises ``ValueError`` if a shape or a number does not fit, and what
-    ``vmap`` raises.
-    """
-    if not (precision > 0 and draws > 0):
-        raise ValueError(f"{precision=} and {draws=} must be positive")
-    refuse_other_samples(X, X_new)
-    H = 0
-    for x in X.split(AT_ONCE):
-        fs, J, _ = linearized(model, x)
-        if fs.shape[1] < 2:
-            got = f"model(X) has shape [{len(X)}, {fs.shape[1]}]"
-            raise ValueError(f"{got}: a softmax needs C > 1")
-        H = H + softmax_precision(J.double(), fs.double(), precision=0)
-    H.diagonal().add_(precision)
-    changes = draws_of_parameters(H, draws)
-    new = (linearized(model, x) for x in X_new.split(AT_ONCE))
-    return torch.cat([confidence(J, fs, changes) for fs, J, _ in new])
-
-
-# %%
-# ``load_iris`` has 150 flowers of three kinds, and the model looks at two measurements.
-# The reference for the GGN is autograd's second derivative of the linear model's loss.
-
-flowers, y = map(torch.tensor, load_iris(return_X_y=True))
-X = ((flowers - flowers.mean(0)) / flowers.std(0))[:, -2:]
-model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
-_ = minimize(lambda net: cross_entropy(net(X), y, reduction="sum"), model, 0.3, 1000)
-fs, J, theta = linearized(model, X)
-H = softmax_precision(J, fs, precision=0.3)
-
-
-def loss(change):  # of the linear model
-    return cross_entropy(fs + J @ change, y, reduction="sum")
-
-
-reference = jacrev(jacrev(loss))(torch.zeros_like(theta))
-assert_close(H, reference + 0.3 * torch.eye(len(theta)))
-print("The GGN is autograd's second derivative of the linear model's loss.")
-
-# %%
-# Ten standard deviations away from the data, nobody knows the kind. There, the softmax
-# is surer than Laplace.
-
-far = torch.tensor([[10.0, 0.0], [0.0, 10.0]])
-before, after = model(far).softmax(1), laplace_softmax(model, X, far, precision=0.3)
-for x, p, q in zip(far.tolist(), before.amax(1), after.amax(1)):
-    print(f"at {x}: softmax {p:.0%} sure, Laplace {q:.0%}")
-
-# %%
-# The larger the precision, the nearer to the softmax. **Take the one with the lowest
-# NLL on samples that the network has not seen**, here against that of the softmax, with
-# the standard error of the difference. A smaller one doubts more far from the data, and
-# is worse on it.
-
-order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-fit, held_out = order[:100], order[100:]
-part = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
-_ = minimize(lambda net: cross_entropy(net(X[fit]), y[fit]), part, 0, 1000)
-inputs = torch.cat([X[held_out], far])
-softmax = part(inputs).detach().softmax(1)
-
-
-def nll(p):  # of each held-out sample
-    return nll_loss(p[: len(held_out)].log(), y[held_out], reduction="none")
-
-
-for precision in 0.01, 0.1, 1, 10, 100:
-    p = laplace_softmax(part, X[fit], inputs, precision)
-    more, sure = nll(p) - nll(softmax), p[-2:].amax(1).mean()
-    mean, error = more.mean(), more.std() / len(more) ** 0.5
-    print(f"{precision}: NLL {mean:+.3f}, error {error:.3f}; far {sure:.0%} sure")
-print(f"softmax: far {softmax[-2:].amax(1).mean():.0%} sure")
-
-# %%
-# In the map, color is the largest probability, and points are flowers.
-
-# fold: How the map is drawn
-angle, axis = torch.arange(0, 2 * torch.pi, 0.1), torch.linspace(-8, 8, 41)
-away = 10 * torch.stack([angle.cos(), angle.sin()], dim=1)
-inputs = torch.cat([X, away, torch.cartesian_prod(axis, axis)])
-found = {"softmax": model(inputs).detach().softmax(1)}
-found["Laplace"] = laplace_softmax(model, X, inputs, precision=0.3)
-fig, axes = plt.subplots(1, 2, figsize=(5, 3.8), sharey=True, layout="constrained")
-for ax, (name, mean) in zip(axes, found.items()):
-    sure = mean.amax(1).split([len(X), len(away), len(axis) ** 2])
-    near, far = sure[0].mean(), sure[1].mean()
-    print(f"{name}: {near:.0%} sure on the data, {far:.0%} far away")
-    area, levels = sure[2].view(41, 41).T, torch.linspace(0.3, 1, 15)
-    image = ax.contourf(axis, axis, area, levels, cmap="cividis")
-    for kind, color in enumerate(["#E69F00", "#56B4E9", "#CC79A7"]):
-        ax.scatter(*X[y == kind].T, color=color, edgecolor="black", s=25)
-    ax.set_title(f"{name}: {far:.0%} sure\nfar from the data")
-    ax.set(xlabel="petal length (sd)", aspect="equal")
-axes[0].set_ylabel("petal width (sd)")
-fig.colorbar(image, ax=axes, label="largest probability", location="bottom")
-plt.show()
-
-# %%
-# Last layer with thousands of outputs
-# ------------------------------------
-# The last layer alone, with the model in ``eval()``: while its parameters are some
-# 10 000, take ``laplace_softmax``, which neglects nothing. For more, let ``phi`` of
-# shape ``[N, D]`` hold its inputs, and a one for the bias. Its Jacobian is ``phi``
-# times the identity of the outputs, ``[N, C, C, D]``: nearly all zeros. Keep ``phi``:
-# a Kronecker product ``kron(B, A)`` stands for the GGN, with ``B [C, C]`` the mean
-# curvature of the loss and ``A [D, D]`` the sum of ``phi[n] phi[n]^T``. Eigenvectors of
-# both turn it into a diagonal, to which the prior adds. They are found once for all
-# precisions, in time ``C ** 3``. Tokens are samples: flatten ``[N, T, D]`` first.
-
-
-def last_inputs(model, layer, X):
-    """Return ``phi [N, D]`` of the linear layer that ends the model, such as its fc."""
-    seen = []
-    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        model(X)
-    finally:
-        hook.remove()
-    (a,) = seen
-    if a.ndim != 2:
-        raise ValueError(f"the layer's inputs must be [N, D], but are {list(a.shape)}")
-    return torch.cat([a, torch.ones_like(a[:, :1])], dim=1).detach()
-
-
-def kronecker_factors(phi, fs):
-    """Return ``b, U`` of B and ``a, V`` of A, from training inputs and logits."""
-    phi, p = phi.double(), fs.detach().double().softmax(1)
-    B = (p.sum(0).diag() - p.T @ p) / len(p)
-    return *torch.linalg.eigh(B), *torch.linalg.eigh(phi.T @ phi)
-
-
-# %%
-# With the factors of the training samples, and ``phi`` and logits of new ones:
-
-
-def kronecker_variance(factors, phi, precision):
-    """Return the variances ``[N, C]`` of ``fs @ U`` for the inputs ``phi``."""
-    b, _, a, V = factors
-    return (phi.to(V) @ V).square() @ (1 / (a[:, None] * b + precision))
-
-
-def kronecker_softmax(factors, phi, fs, precision, draws=500):
-    """Return probabilities ``[N, C]``, averaged over the last layer's parameters."""
-    U, generator, means = factors[1].to(fs), torch.Generator().manual_seed(0), []
-    deviations = kronecker_variance(factors, phi, precision).sqrt().to(fs)
-    for f, sd in zip(fs.detach().split(8), deviations.split(8)):  # all draws of eight
-        z = torch.randn(*f.shape, draws, generator=generator, device="cpu").to(f)
-        means.append((f[..., None] + U @ (sd[..., None] * z)).softmax(1).mean(2))
-    return torch.cat(means)
-
-
-factors = kronecker_factors(last_inputs(model, model[-1], X), fs)
-new = torch.cat([X, away])
-phi, logits = last_inputs(model, model[-1], new), model(new).detach()
-found = kronecker_softmax(factors, phi, logits, precision=0.3)
-_ = model[:-1].requires_grad_(False)
-dense = laplace_softmax(model, X, new, precision=0.3)
-off = (found - dense).abs().max()
-print(f"Probabilities differ from those of the dense matrix by at most {off:.2f}.")
-assert off < 0.1
-
-# %%
-# The variances are those of the dense Jacobian and ``kron(B, A)``.
-
-blocks = vmap_jacrev(model[-1], model[:-1](X).detach())
-J = torch.cat([blocks["weight"], blocks["bias"][..., None]], dim=3).flatten(2)
-phi, p = last_inputs(model, model[-1], X), fs.softmax(1)
-H = torch.kron((p.sum(0).diag() - p.T @ p) / len(p), phi.T @ phi)
-covariance = J @ (H + 0.3 * torch.eye(len(H))).inverse() @ J.mT
-variance, U = kronecker_variance(factors, phi, precision=0.3), factors[1]
-assert_close(U.T @ covariance @ U, variance.diag_embed())
-print("They agree.")
-
-# %%
-# With 700 outputs, nothing else changes.
-
-D, C = 128, 700
-wide = nn.Sequential(nn.Linear(2, D), nn.Tanh(), nn.Linear(D, C))
-phi, logits = last_inputs(wide, wide[-1], X), wide(X).detach()
-p = kronecker_softmax(kronecker_factors(phi, logits), phi[:9], logits[:9], 0.3)
-dense = C * C * (D + 1) * 4 / 1e9
-print(f"Probabilities {list(p.shape)}. For a sample in float32, J has {dense:.1f} GB,")
-print(f"and phi has {(D + 1) * 4} bytes.")
 torch.set_num_threads(threads)
 
 # %%
 # Cost
 # ----
-# - ``J`` holds ``N * C * P`` numbers. Take new samples in chunks, and sum the GGN of
-#   the chunks: ``scale/jacobians_without_memory.py``.
+# - ``J`` holds ``N * C * P`` numbers. Take new samples in chunks.
 # - Weight space takes time ``P ** 3``, function space ``(N * C) ** 3``. ``error_bars``
 #   factors ``J`` in ``N * C * P`` times the smaller of ``N * C`` and ``P``.
 #   ``scale/neural_tangent_kernel.py`` has the kernel of function space without ``J``.
@@ -561,16 +319,14 @@ torch.set_num_threads(threads)
 #   Laplace keeps all data for the training.
 # - You want to know which answers are bad. A rank correlation near zero says that wide
 #   bars do not mark the large errors: they are right on the average only.
-# - You look for inputs of another kind: doubt grows only where ``J`` looks. Compare
-#   with the largest softmax probability on inputs that you know.
 # - The noise differs between samples or outputs: here it is one number.
 # - The network is far from a minimum: the bars are those of the linear model.
 #
 # What to take home
 # -----------------
 # - A Bayesian linear model on the rows of ``J`` gives error bars for a trained network.
-# - The target is ``Y - fs + J @ theta``; for a softmax, average over parameters.
-# - For the last layer, keep ``phi`` and not the Jacobian.
+# - The target is ``Y - fs + J @ theta``, and the noise and the prior come with the fit.
+# - Count the targets in their bars, on samples that the network has not seen.
 #
-# Next: ``use/training_predicted.py``, what the same kernel says before the training.
-# The alternative: ``use/active_learning.py``, which samples to label instead.
+# Next: ``use/classifier_confidence.py``, the same for classes. The alternative:
+# ``use/active_learning.py``, which samples to label instead.

@@ -132,6 +132,10 @@ def steps_without(rows, L, e, decay):
     return torch.einsum("nc,ncp->np", torch.linalg.solve(left, e), solved)
 
 
+# %%
+# What goes into it, and the gradient of the test loss:
+
+
 def derivatives(fs, y):
     """Return e [N, C] and L [N, C, C] of the cross entropy at outputs fs [N, C]."""
     p = fs.detach().softmax(1)
