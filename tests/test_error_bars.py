@@ -278,10 +278,14 @@ def test_last_layer_needs_no_jacobian(page, N, D, C):
     assert_close(single.double(), found, atol=0.02, rtol=0)
 
 
-def test_inputs_of_tokens_have_to_be_flat(page):
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5))
-    with pytest.raises(ValueError, match=r"must be \[N, D\], but are \[6, 2, 4\]"):
-        page["last_inputs"](model, model[-1], torch.rand(6, 2, 3))
+def test_tokens_are_samples(page):
+    model, X = net(3, 4, 5), torch.rand(6, 2, 3)
+    phi = page["last_inputs"](model, model[-1], X)
+    assert_close(phi, page["last_inputs"](model, model[-1], X.flatten(0, 1)))
+    with pytest.raises(
+        ValueError, match=r"logits \[6, 2, 5\] do not fit phi \[12, 5\]"
+    ):
+        page["kronecker_factors"](phi, model(X))
 
 
 def test_the_universal_jacobian_takes_the_place_of_the_recipe(page, taught):

@@ -1,10 +1,13 @@
 """The parts of a tutorial's page that its script does not have."""
 
 import ast
+import warnings
 
 import pytest
+import torch
 from docutils import nodes
 from docutils.core import publish_doctree
+from pages import fresh_start
 from tutorial import details, fold, packages
 
 CELL = """
@@ -69,3 +72,13 @@ def test_packages_are_named_in_one_order():
     )
     expected = ["torch", "backpack-for-pytorch", "unknown"]
     assert [package for _, package in packages(tree)] == expected
+
+
+def test_a_warning_stops_a_tutorial_but_for_a_new_process_of_joblib():
+    default = torch.get_default_dtype()
+    with warnings.catch_warnings():
+        fresh_start({}, "")
+        warnings.warn("A worker stopped while some jobs were given to the executor.")
+        with pytest.raises(UserWarning, match="an array with one element"):
+            warnings.warn("an array with one element")
+    torch.set_default_dtype(default)

@@ -25,6 +25,11 @@ VERSIONS = {
 }
 
 
+def ignore_new_processes():
+    """Ignore that joblib replaces a process whose memory grew, after its tutorial."""
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs were given")
+
+
 def fresh_start(gallery_conf, fname):
     """Make a Python warning stop the tutorial, and put back what the last one set.
 
@@ -33,6 +38,7 @@ def fresh_start(gallery_conf, fname):
     import torch  # takes as long as a build in which no tutorial runs
 
     warnings.simplefilter("error")
+    ignore_new_processes()
     torch.set_default_dtype(torch.float32)
 
 
@@ -155,6 +161,7 @@ def forget_words(app):
 
 
 def setup(app):
+    ignore_new_processes()
     app.connect("doctree-read", keep_short_code_whole)
     app.connect("doctree-resolved", link_tutorials)
     app.connect("builder-inited", write_dark_code_colors)

@@ -594,8 +594,9 @@ for title, (case, X_case, Z_case) in cases.items():
 # ``from ntk import ntk_cost``: it looks at a few samples. Factors and blocks take time
 # and memory in proportion to ``N``, or ``N + M`` for two batches, their products to ``N
 # ** 2``, or ``N M``. The peak is up to five times the memory of the factors and blocks,
-# beside ``K`` and some 200 MB. With fewer than 32 samples the time is too long. Here
-# for 2000 images, and for 2000 with 300 others:
+# with ``K`` and some 200 MB on top, all counted. Pass 32 samples or more, or it says
+# too much; the first call in a process takes some seconds more. Here for 2000 images,
+# and for 2000 with 300 others:
 
 # fold: ntk_cost
 

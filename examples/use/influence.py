@@ -32,10 +32,10 @@ from torch.testing import assert_close
 #
 # Your own network, from Adam or AdamW, is not at its optimum: ``from influence import
 # influence, optimum``, and train a copy on, ``optimum(copy.deepcopy(model).double(),
-# X.double(), y, decay)``, with a ``decay`` such as one here. See whether it still
-# predicts the same. With ReLU the gradient need not vanish: take the last layer alone,
-# ``model[:-1].requires_grad_(False)``. The scores then tell what another fit of this
-# layer would do, and nothing of the layers before it.
+# X.double(), y, decay=10.0)``: with less decay than here, one step tells less. See
+# whether it still predicts the same. With ReLU the gradient need not vanish: take the
+# last layer alone, ``model[:-1].requires_grad_(False)``. The scores then tell what
+# another fit of this layer would do, and nothing of the layers before it.
 
 # fold: Jacobian, data, and training
 torch.set_default_dtype(torch.float64)
@@ -45,7 +45,7 @@ digits = load_digits()
 among = np.isin(digits.target, (3, 5, 8))
 images = torch.from_numpy(digits.data[among]) / 16
 targets = torch.from_numpy(np.searchsorted((3, 5, 8), digits.target[among]))
-N, C, decay = 150, 3, 10.0
+N, C = 150, 3
 
 
 def vmap_jacrev(model, X):
@@ -87,6 +87,7 @@ def trained_network(seed, decay, steps=500):
 
 # %%
 
+decay = 10.0
 model, X, y, X_test, y_test = trained_network(seed=1, decay=decay)
 norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
 accuracy = (model(X_test).argmax(1) == y_test).double().mean()
@@ -176,8 +177,8 @@ def influence(model, X, y, X_test, y_test, decay):
     theta = torch.cat([p.detach().flatten() for p in trained(model)])
     slope, pull = len(X) * gradient(model, X, y) + decay * theta, decay * theta.norm()
     if not slope.norm() < 0.1 * pull:
-        off = f"a gradient of {slope.norm():.2g}, with {pull:.2g} from the weight decay"
-        raise ValueError(f"the model is not at its optimum: {off}")
+        off = f"a gradient of {slope.norm():.2g}, above 10 % of the decay's {pull:.2g}"
+        raise ValueError(f"the model is not at its optimum: {off}. Call optimum(...)")
     e, L = derivatives(model(X).double(), y)
     steps = steps_without(flat(vmap_jacrev(model, X)).double(), L, e, decay)
     return steps @ gradient(model, X_test, y_test).double()
