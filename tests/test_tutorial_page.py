@@ -78,7 +78,8 @@ def test_a_warning_stops_a_tutorial_but_for_a_new_process_of_joblib():
     default = torch.get_default_dtype()
     with warnings.catch_warnings():
         fresh_start({}, "")
-        warnings.warn("A worker stopped while some jobs were given to the executor.")
+        stopped = "A worker stopped while some jobs were given to the executor."
+        warnings.warn(stopped, stacklevel=1)
         with pytest.raises(UserWarning, match="an array with one element"):
-            warnings.warn("an array with one element")
+            warnings.warn("an array with one element", stacklevel=1)
     torch.set_default_dtype(default)
