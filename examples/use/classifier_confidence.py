@@ -207,6 +207,8 @@ assert_close(H, reference + 0.3 * torch.eye(len(theta)))
 print("The GGN is autograd's second derivative of the linear model's loss.")
 
 # %%
+# Choice of the precision
+# -----------------------
 # The larger the precision, the nearer to the softmax. **Take the smallest one whose
 # NLL, on samples that the network has not seen, is within a standard error of the
 # lowest**, here as a difference to the softmax. A smaller one doubts more far from the
