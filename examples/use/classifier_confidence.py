@@ -211,9 +211,10 @@ print("The GGN is autograd's second derivative of the linear model's loss.")
 # -----------------------
 # The larger the precision, the nearer to the softmax. **Take the smallest one whose
 # NLL, on samples that the network has not seen, is within a standard error of the
-# lowest**, here as a difference to the softmax. A smaller one doubts more far from the
-# data, and is worse on it. If the lowest is the last, go on to larger ones: perhaps the
-# softmax is as good, and doubt far away is all that you gain.
+# lowest**. Here it is a difference to the softmax, with the standard error of that. A
+# smaller precision doubts more far from the data, and is worse on it. If the lowest is
+# the last, go on to larger ones: perhaps the softmax is as good, and doubt far away is
+# all that you gain.
 
 order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
 fit, held_out = order[:100], order[100:]
@@ -359,7 +360,6 @@ torch.set_num_threads(threads)
 # ------------------
 # - You look for inputs of another kind: doubt grows only where ``J`` looks. Compare
 #   with the largest softmax probability on inputs that you know.
-# - You want better probabilities near the data: a temperature is simpler.
 # - The network is far from a minimum: the doubt is that of the linear model.
 #
 # What to take home

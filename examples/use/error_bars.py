@@ -4,8 +4,8 @@ Error bars for a network
 
 After this page you can put error bars on the predictions of a network that is already
 trained for a regression. You need its Jacobian and one fit of a linear model. The
-method is called the linearized Laplace approximation. For classes, it has a page of its
-own.
+method is called the linearized Laplace approximation. For classes, there is
+``use/classifier_confidence.py``.
 """
 
 # fold: Imports
