@@ -38,7 +38,7 @@ site: $(BUILD)/fresh
 	@echo "$(SITE_URL)" | cmp -s - $(BUILD)/address || rm -rf $(BUILD)/staging
 	@echo "$(SITE_URL)" >$(BUILD)/address
 	@touch $(BUILD)/building
-	@$(SPHINX) -W -j 2 -d $(BUILD)/doctrees docs $(BUILD)/staging \
+	@$(SPHINX) -W -d $(BUILD)/doctrees docs $(BUILD)/staging \
 	  $(if $(PATTERN),-D "sphinx_gallery_conf.filename_pattern=$(PATTERN)") \
 	|| $(call stop,the build failed. $(BUILD)/html is as it was before.)
 	@rm $(BUILD)/building

@@ -69,9 +69,9 @@ sphinx_gallery_conf = {
     "nested_sections": False,  # the theme's menu needs one toctree for all rooms
     # A Python warning in a tutorial fails the build, and each starts as a script does.
     "reset_modules": ("matplotlib", "pages.fresh_start"),
-    # As many at a time as -j says, by joblib, which scikit-learn needs. A tutorial that
-    # measures time runs alone: it ends with "sphinx_gallery_parallel = False".
-    "parallel": True,
+    # By joblib, which scikit-learn needs. A tutorial that measures time runs alone: it
+    # ends with "sphinx_gallery_parallel = False".
+    "parallel": 2,
     "first_notebook_cell": "%pip install -q backpack-for-pytorch matplotlib "
     "scikit-learn",
     "image_srcset": ["2x"],
