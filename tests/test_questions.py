@@ -204,3 +204,16 @@ def test_module_hooks_leave_the_jacobian_as_it_is(start):
     for lines in entry_blocks("Wrong numbers after ``register_hook``"):
         exec(lines, start)
         assert_close(dict(start["J"]), expected)
+
+
+def test_conjugate_gradients_solve_the_damped_system(start):
+    products, gram, solver = entry_blocks("Only ``J v``")
+    for block in products, gram, solver:
+        exec(block, start)
+    exec("J = vmap(jacrev(f), (None, 0))(params, X)", start)
+    rows = torch.cat([block.flatten(2) for block in start["J"].values()], 2)
+    rows, flat = rows.flatten(0, 1).double(), torch.from_numpy(start["flat"]).double()
+    matrix = rows.T @ rows + 0.1 * torch.eye(len(flat), dtype=torch.float64)
+    assert start["failed"] == 0
+    w = torch.from_numpy(start["w"]).double()
+    assert_close(w, torch.linalg.solve(matrix, flat), rtol=0, atol=1e-3 * w.norm())
