@@ -104,7 +104,10 @@ take_away = {
     ),
     "levenberg_marquardt": ("use/levenberg_marquardt", ["levenberg_marquardt"]),
     "influence": ("use/influence", ["influence", "optimum"]),
-    "clipped_gradient": ("use/private_training", ["clipped_gradient"]),
+    "clipped_gradient": (
+        "use/private_training",
+        ["clipped_gradient", "clipped_in_chunks"],
+    ),
     "fisher": ("use/active_learning", ["most_informative", "fisher_rows"]),
 }
 # Local inventories of the names that the tutorials use: no request at build time.

@@ -90,6 +90,46 @@ def test_bad_models_raise(names):
         clip(places, X.unflatten(1, (2, 3)), y, 1.0)
 
 
+def conv_net():
+    layers = nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(36, 3))
+
+
+@pytest.mark.parametrize("samples", [1, 3, 7, 100])
+@pytest.mark.parametrize("frozen", [(), ("0.weight", "4.bias")])
+def test_chunks_of_any_model(samples, frozen, names):
+    torch.manual_seed(9)
+    model, X, y = conv_net(), 9 * torch.randn(7, 2, 5, 5), torch.randint(3, (7,))
+    model = model.float().requires_grad_(True)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    free = [p for p in model.parameters() if p.requires_grad]
+    rows = []
+    for n in range(7):
+        loss = cross_entropy(model.double()(X[[n]].double()), y[[n]])
+        grads = torch.autograd.grad(loss, free)
+        rows.append(torch.cat([grad.flatten() for grad in grads]))
+    rows, model = torch.stack(rows), model.float()
+    bound = rows.norm(dim=1).median().item()
+    total, norms = names["clipped_in_chunks"](model, X.float(), y, bound, samples)
+    assert [t.shape for t in total] == [p.shape for p in free]
+    assert norms.dtype == torch.float32
+    clipped = torch.stack([g * min(1.0, bound / g.norm().item()) for g in rows]).sum(0)
+    off = torch.cat([t.flatten() for t in total]).double() - clipped
+    assert off.norm() < 1e-5 * clipped.norm()
+    assert_close(norms.double(), rows.norm(dim=1), rtol=1e-5, atol=0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_chunks_of_no_samples_and_of_samples_that_mix(names):
+    model, X, y = conv_net(), torch.rand(4, 2, 5, 5), torch.tensor([0, 1, 2, 1])
+    total, norms = names["clipped_in_chunks"](model, X[:0], y[:0], 1.0, 2)
+    assert norms.shape == (0,) and not any(t.any() for t in total)
+    mixing = nn.Sequential(nn.BatchNorm2d(2), *model)
+    with pytest.raises(RuntimeError, match="BatchNorm|running_mean|in-place"):
+        names["clipped_in_chunks"](mixing, X, y, 1.0, 2)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_are_those_of_opacus(model, names):
     model, X, y = make(model, seed=7)

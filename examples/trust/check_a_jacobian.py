@@ -4,7 +4,7 @@ Check of a Jacobian
 
 After this page you can check any Jacobian of your own model, from any method and at any
 size, with a few backward passes. The check needs no tolerance from you: it measures the
-rounding of your model, and names the parameters whose Jacobian is off by more.
+rounding of your model, and names the parameters whose block is off by more.
 """
 
 # fold: Imports
@@ -512,10 +512,19 @@ for arguments in (
 #   Take ``eval()``.
 # - The third rounding is that of a model that is continuous. Behind a jump, such as a
 #   parameter that is rounded to an integer, wrong blocks can pass.
-# - An error in a few entries of ``N * C`` rows can hide below what the sum of all
-#   rounds, such as one percent of one filter for one sample. Check fewer samples.
-# - In ``bfloat16`` and ``float16`` roundings are large, and grow with ``N * C``: wrong
-#   blocks pass. Check the method on ``model.float()``.
+# - A small part of a block hides below the rounding of the whole: one column that is
+#   1 % off, or one filter of one sample. In ``float32``, check the same method in
+#   ``float64``, too. In ``bfloat16`` and ``float16`` whole blocks can hide.
+
+wide, X_wide = copy.deepcopy(models["MLP"])
+found = {}
+for dtype in torch.float32, torch.float64:
+    wide, X_wide = wide.to(dtype), X_wide.to(dtype)
+    J = vmap_jacrev(wide, X_wide)
+    J["2.weight"][:, :, 0, 42] *= 1.01  # one column
+    found[dtype] = error_of(wide, X_wide, J)
+    print(f"{dtype}: one column 1 % off is {found[dtype]:.2g} roundings. {LIMIT = }.")
+assert found[torch.float32] < LIMIT < found[torch.float64]
 
 # fold: The reference, with samples that mix
 

@@ -17,7 +17,7 @@ from scipy.integrate import quad
 from scipy.special import gammaln, logsumexp
 from sklearn.datasets import load_digits
 from torch import autograd, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn.functional import cross_entropy, one_hot
 from torch.testing import assert_close
 
@@ -74,9 +74,7 @@ print(f"to {g.norm(dim=1).max():.2f}, clipped to {clipped.norm(dim=1).max():.2f}
 # squared norm is the product of two squared norms. With the norms known, the sum of the
 # clipped gradients is the gradient of a weighted sum of losses: a second backward pass,
 # and no gradient of a single sample is ever stored. This function is for stacks of
-# linear layers. For any model, ``squared_norms`` of ``scale/neural_tangent_kernel.py``
-# gives the norms, and ``u / (norms / bound).clamp(min=1)[:, None]`` the weights, where
-# ``u [N, C]`` is the derivative of the summed loss by the outputs.
+# linear layers.
 
 
 def clipped_gradient(model, X, y, bound):
@@ -110,6 +108,52 @@ total, norms = clipped_gradient(model, X, y, bound)
 assert_close(norms, g.norm(dim=1))
 assert_close(torch.cat([t.flatten() for t in total]), clipped.sum(0))
 print("Norms and clipped sum agree with those of the stored gradients.")
+
+# %%
+# Any other model, a few samples at a time
+# ----------------------------------------
+#
+# Convolutions have small weights and large outputs: their gradients are cheaper than
+# their factors. Take the gradients of a few samples, clip, add, and go on. A layer in
+# which samples mix, such as batch norm in training, raises an error of ``vmap``: take
+# group norm.
+
+
+def clipped_in_chunks(model, X, y, bound, samples):
+    """Return the sum of clipped gradients, a list like the parameters, and norms [N].
+
+    Of those that require a gradient. Holds the gradients of ``samples`` at a time, and
+    draws other random numbers for each. Raises what ``vmap`` raises.
+    """
+    params = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+
+    def loss(params, x, label):  # of one sample
+        return cross_entropy(functional_call(model, params, x[None])[0], label)
+
+    gradients = vmap(grad(loss), (None, 0, 0), randomness="different")
+    total = {name: torch.zeros_like(p) for name, p in params.items()}
+    norms = next(iter(params.values())).new_zeros(len(X))
+    for start in range(0, len(X), samples):
+        part = slice(start, start + samples)
+        rows = gradients(params, X[part], y[part])
+        squares = sum(row.flatten(1).square().sum(1) for row in rows.values())
+        norms[part] = squares.sqrt()
+        weights = 1 / (norms[part] / bound).clamp(min=1)
+        for name, row in rows.items():
+            total[name] += torch.tensordot(weights, row, 1)
+    return list(total.values()), norms
+
+
+# %%
+
+convolve = nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 6, 3), nn.GroupNorm(2, 6), nn.ReLU()
+conv_net = nn.Sequential(*convolve, nn.Flatten(), nn.Linear(216, 10))
+g_conv = sample_gradients(conv_net, X, y)
+clipped = g_conv / (g_conv.norm(dim=1, keepdim=True) / bound).clamp(min=1)
+total, norms_conv = clipped_in_chunks(conv_net, X, y, bound, samples=8)
+assert_close(norms_conv, g_conv.norm(dim=1))
+assert_close(torch.cat([t.flatten() for t in total]), clipped.sum(0))
+print("So do those of convolutions with group norm, eight samples at a time.")
 
 # %%
 # Sensitivity
@@ -292,8 +336,9 @@ plt.show()
 # ----
 #
 # - Stored gradients have ``N * P`` numbers, and the Jacobian has ``C`` times as many.
-# - Norms from factors need ``N * (I + O)`` numbers per layer and two backward passes,
-#   whatever ``C`` is.
+# - ``clipped_gradient`` needs ``N * (I + O)`` numbers per layer and two backward
+#   passes, whatever ``C`` is.
+# - ``clipped_in_chunks`` needs ``samples * P`` numbers.
 # - `Opacus <https://opacus.ai>`_ has rules for many layers; its default
 #   ``loss_reduction="mean"`` multiplies with ``N``.
 #
@@ -320,7 +365,8 @@ torch.set_num_threads(threads)
 # - Clip every sample's gradient of the summed loss, divide by ``max(norm / bound, 1)``,
 #   and add noise once a step.
 # - Check that one sample moves the sum by at most the bound.
-# - The norms of linear layers come without the gradients.
+# - The norms of linear layers come without the gradients. Of other layers, clip and add
+#   the gradients of a few samples at a time.
 #
-# Next: ``scale/neural_tangent_kernel.py``, norms of gradients of any layer. The
+# Next: ``scale/neural_tangent_kernel.py``, norms of gradients by any outputs. The
 # alternative: ``use/influence.py``, what one sample does when nothing is clipped.
