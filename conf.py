@@ -100,7 +100,10 @@ take_away = {
     "error_bars": ("use/error_bars", ["error_bars"]),
     "laplace_softmax": (
         "use/classifier_confidence",
-        ["laplace_softmax", "last_inputs", "kronecker_factors", "kronecker_softmax"],
+        [
+            *("laplace_softmax", "softmax_ggn"),
+            *("kronecker_softmax", "kronecker_factors", "last_inputs"),
+        ],
     ),
     "levenberg_marquardt": ("use/levenberg_marquardt", ["levenberg_marquardt"]),
     "influence": ("use/influence", ["influence", "optimum"]),

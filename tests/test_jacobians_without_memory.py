@@ -407,3 +407,44 @@ def test_reentrant_checkpoint_raises(names):
     model = Own(lambda m, X: checkpoint(m.a, X, use_reentrant=True), a=nn.Linear(4, C))
     with pytest.raises(RuntimeError, match="use_reentrant=True"):
         next(names["jacobian_chunks"](model, torch.rand(N, 4), (2, C)))
+
+
+class Switches(nn.Linear):
+    """In float32 another function of many samples, as if ReLUs near zero switched."""
+
+    def __init__(self, many, dtype=torch.float32):
+        super().__init__(4, 3)
+        self.many, self.off = many, dtype
+
+    def forward(self, X):
+        fs = super().forward(X)
+        return 1.5 * fs if X.dtype == self.off and len(X) > self.many else fs
+
+
+@pytest.mark.parametrize("many", [1, 4])  # another chunk than sample, two than one
+def test_what_fails_in_float32_is_checked_in_float64(many, names):
+    torch.manual_seed(0)
+    model, X = Switches(many).float(), torch.rand(8, 4)
+    rows = [chunk for *_, chunk in names["jacobian_chunks"](model, X.float(), (4, 3))]
+    wide = copy.deepcopy(model).double()
+    J = autograd.functional.jacobian(
+        lambda w: torch.func.functional_call(wide, {"weight": w}, (X.double(),)),
+        wide.weight.detach(),
+    )
+    found = torch.cat([chunk["weight"] for chunk in rows])
+    assert found.dtype == torch.float32
+    assert_close(found.double(), J, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("many", [1, 4])
+def test_what_fails_in_float64_too_raises(many, names):
+    model = Switches(many, torch.float64).double()
+    with pytest.raises(ValueError, match="wrong|influence"):
+        list(names["jacobian_chunks"](model, torch.rand(8, 4).double(), (4, 3)))
+
+
+def test_what_float64_cannot_compute_raises(names):
+    model = Switches(1).float()
+    model.register_forward_hook(lambda module, args, fs: fs.mm(torch.eye(3).float()))
+    with pytest.raises(ValueError, match="wrong, and not computable in float64"):
+        list(names["jacobian_chunks"](model, torch.rand(8, 4).float(), (4, 3)))

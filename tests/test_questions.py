@@ -206,14 +206,56 @@ def test_module_hooks_leave_the_jacobian_as_it_is(start):
         assert_close(dict(start["J"]), expected)
 
 
-def test_conjugate_gradients_solve_the_damped_system(start):
-    products, gram, solver = entry_blocks("Only ``J v``")
-    for block in products, gram, solver:
+def test_kernel_and_conjugate_gradients_solve_the_damped_system(start):
+    blocks = entry_blocks("Only ``J v``")
+    for block in blocks:
         exec(block, start)
+        if "solved" in start and "by_kernel" not in start:
+            start["by_kernel"] = torch.cat([b.flatten() for b in start["w"].values()])
     exec("J = vmap(jacrev(f), (None, 0))(params, X)", start)
     rows = torch.cat([block.flatten(2) for block in start["J"].values()], 2)
     rows, flat = rows.flatten(0, 1).double(), torch.from_numpy(start["flat"]).double()
+    assert_close(flat, rows.T @ start["u"].flatten().double(), rtol=1e-4, atol=1e-5)
     matrix = rows.T @ rows + 0.1 * torch.eye(len(flat), dtype=torch.float64)
+    expected = torch.linalg.solve(matrix, flat)
     assert start["failed"] == 0
-    w = torch.from_numpy(start["w"]).double()
-    assert_close(w, torch.linalg.solve(matrix, flat), rtol=0, atol=1e-3 * w.norm())
+    for w in torch.from_numpy(start["w"]), start["by_kernel"]:
+        assert_close(w.double(), expected, rtol=0, atol=1e-3 * expected.norm())
+
+
+def test_influence_of_a_regression_is_that_of_fitting_again(start):
+    """For a linear model the changes are exact."""
+    (regression, _) = entry_blocks("Which training sample caused this output?")
+    torch.manual_seed(0)
+    model, X = nn.Linear(10, 1, dtype=torch.float64), torch.rand(15, 10).double()
+    y, X_new = torch.rand(15, dtype=torch.float64), torch.rand(4, 10).double()
+    ones = torch.ones(15, 1, dtype=torch.float64)
+    A = torch.cat([X, ones], 1)
+
+    def fitted(keep):
+        A_keep = A[keep]
+        matrix = A_keep.T @ A_keep + 10 * torch.eye(11, dtype=torch.float64)
+        return torch.linalg.solve(matrix, A_keep.T @ y[keep])
+
+    theta = fitted(range(15))
+    with torch.no_grad():
+        model.weight.copy_(theta[:10])
+        model.bias.copy_(theta[10:])
+    names = start | {"model": model, "X": X, "N": 15}
+    names["params"] = {k: p.detach() for k, p in model.named_parameters()}
+    residuals = y - A @ theta
+    replaced = regression.replace("torch.rand(N)", "residuals")
+    replaced = replaced.replace("torch.eye(N)", "torch.eye(N).double()")
+    names |= {"residuals": residuals, "X_new": X_new}
+    first, _, second = replaced.partition("\n\n")
+    exec(
+        "def f(params, x):\n    return functional_call(model, params, x[None])[0]",
+        names,
+    )
+    exec(first, names)
+    trained = names["changes"]
+    exec(second.replace("torch.rand(4, 10)", "X_new"), names)
+    for n in range(15):
+        change = fitted([m for m in range(15) if m != n]) - theta
+        assert_close(trained[:, n], A @ change)
+        assert_close(names["changes"][:, n], X_new @ change[:10] + change[10])

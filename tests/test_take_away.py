@@ -60,10 +60,10 @@ def test_error_bars_run_as_a_reader_imports_them():
         import sys, torch
         sys.path.insert(0, "take")
         from error_bars import error_bars
-        from laplace_softmax import laplace_softmax
+        from laplace_softmax import laplace_softmax, softmax_ggn
         model, X, X_new = torch.nn.Linear(4, 3), torch.rand(9, 4), torch.rand(5, 4)
         sd, fit = error_bars(model, X, torch.rand(9, 3), X_new)
-        p = laplace_softmax(model, X, X_new, precision=1.0)
+        p = laplace_softmax(model, softmax_ggn(model, X), X_new, precision=1.0)
         assert sd.shape == p.shape == (5, 3) and sd.dtype == p.dtype == torch.float32
         assert (sd > fit.alpha_ ** -0.5).all()
         torch.testing.assert_close(p.sum(1), torch.ones(5))

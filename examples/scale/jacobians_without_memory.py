@@ -8,6 +8,7 @@ by, write it to disk, or multiply with it without ever having it.
 """
 
 # fold: Imports
+import copy
 import gc
 import math
 import os
@@ -352,6 +353,24 @@ def errors_of_chunks(model, X, samples):
         return errors_in_roundings(model, leaves, X, fs, u, sums), fs.shape[1]
 
 
+def above_limit(errors):
+    """Return the names of what is off by more than ``LIMIT`` roundings."""
+    return [name for name, error in errors.items() if not error <= LIMIT]
+
+
+@contextmanager
+def in_double(model, X, wrong):
+    """Give a copy of the model and of ``X`` in float64, where hardly a ReLU switches.
+
+    Raises ``ValueError`` that ``wrong`` is wrong if the model does not run like that.
+    """
+    try:
+        wide = X.double() if X.is_floating_point() else X
+        yield copy.deepcopy(model).double(), wide
+    except Exception as error:
+        raise ValueError(f"wrong, and not computable in float64: {wrong}") from error
+
+
 def samples_apart(model, X, samples):
     """Return ``N`` and ``C``, or raise if chunks of so many samples are not J.
 
@@ -362,15 +381,18 @@ def samples_apart(model, X, samples):
     differentiable(trainable(model), X)  # raises if X is no tensor [N, ...]
     for two_chunks in X.split(2 * samples):
         errors, C = errors_of_chunks(model, two_chunks, samples)
-        if wrong := [name for name, error in errors.items() if not error <= LIMIT]:
+        if wrong := above_limit(errors):
+            with in_double(model, two_chunks, wrong) as copies:
+                wrong = above_limit(errors_of_chunks(*copies, samples)[0])
+        if wrong:
             raise ValueError(f"samples influence each other, or fs is random: {wrong}")
     return len(X), C
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def checked_rows(model, X, c):
-    """Return ``{name: J[:, c]}`` for a slice ``c`` of outputs, or raise if wrong."""
+def rows_and_errors(model, X, c):
+    """Return ``{name: J[:, c]}`` for a slice ``c`` of outputs, and its errors."""
     with unchanged(model):
         leaves, X = differentiable(trainable(model), X)
 
@@ -388,10 +410,19 @@ def checked_rows(model, X, c):
         for name, block in chunk.items():
             total = torch.tensordot(u[:, c].to(block.dtype), block, 2)
             sums[name] = total, norm(block)
-        errors = errors_in_roundings(model, leaves, X, fs, u, sums)
-    if wrong := [name for name, error in errors.items() if not error <= LIMIT]:
-        raise ValueError(f"wrong Jacobian of {wrong}")
-    return {name: block.detach().contiguous() for name, block in chunk.items()}
+        return chunk, errors_in_roundings(model, leaves, X, fs, u, sums)
+
+
+def checked_rows(model, X, c):
+    """Return ``{name: J[:, c]}`` for a slice ``c`` of outputs, or raise if wrong."""
+    chunk, errors = rows_and_errors(model, X, c)
+    if wrong := above_limit(errors):
+        with in_double(model, X, wrong) as copies:
+            chunk, errors = rows_and_errors(*copies, c)
+        if wrong := above_limit(errors):
+            raise ValueError(f"wrong Jacobian of {wrong}")
+    params = trainable(model)
+    return {name: b.detach().to(params[name]).contiguous() for name, b in chunk.items()}
 
 
 # %%

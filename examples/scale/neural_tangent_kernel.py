@@ -8,6 +8,7 @@ Jacobian where layers are linear, and in tiles where convolutions need a part of
 """
 
 # fold: Imports
+import copy
 import math
 import time
 import timeit
@@ -672,6 +673,24 @@ def errors_of_chunks(model, X, samples):
         return errors_in_roundings(model, leaves, X, fs, u, sums), fs.shape[1]
 
 
+def above_limit(errors):
+    """Return the names of what is off by more than ``LIMIT`` roundings."""
+    return [name for name, error in errors.items() if not error <= LIMIT]
+
+
+@contextmanager
+def in_double(model, X, wrong):
+    """Give a copy of the model and of ``X`` in float64, where hardly a ReLU switches.
+
+    Raises ``ValueError`` that ``wrong`` is wrong if the model does not run like that.
+    """
+    try:
+        wide = X.double() if X.is_floating_point() else X
+        yield copy.deepcopy(model).double(), wide
+    except Exception as error:
+        raise ValueError(f"wrong, and not computable in float64: {wrong}") from error
+
+
 def samples_apart(model, X, samples):
     """Return ``N`` and ``C``, or raise if chunks of so many samples are not J.
 
@@ -682,7 +701,10 @@ def samples_apart(model, X, samples):
     differentiable(trainable(model), X)  # raises if X is no tensor [N, ...]
     for two_chunks in X.split(2 * samples):
         errors, C = errors_of_chunks(model, two_chunks, samples)
-        if wrong := [name for name, error in errors.items() if not error <= LIMIT]:
+        if wrong := above_limit(errors):
+            with in_double(model, two_chunks, wrong) as copies:
+                wrong = above_limit(errors_of_chunks(*copies, samples)[0])
+        if wrong:
             raise ValueError(f"samples influence each other, or fs is random: {wrong}")
     return len(X), C
 

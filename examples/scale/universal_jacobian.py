@@ -52,9 +52,10 @@ def batched_jacobian(model, X, *, out=None, method=None):
     ``X`` is a tensor ``[N, ...]``, and ``model(X)`` is ``[N, C]`` and finite. The names
     are those of the parameters that require a gradient. The result is checked, and its
     ``method`` says which of ``METHODS`` it took. In a loop, pass this ``method`` to
-    skip the check, and a result as ``out`` to write into. The model and ``X`` stay as
-    they are; backward hooks do not run, and forward hooks more than once. Raises
-    ``ValueError`` if an argument or ``model(X)`` is not as above.
+    skip the check, but not if the model decides by values, and a result as ``out`` to
+    write into. The model and ``X`` stay as they are; backward hooks do not run, and
+    forward hooks more than once. Raises ``ValueError`` if an argument or ``model(X)``
+    is not as above.
     """
     params = trainable(model)
     if method not in (None, *METHODS):
@@ -399,8 +400,13 @@ print(f"batched_jacobian agrees with the autograd loop for {len(J)} parameters."
 # -----------------
 # The result's ``method`` says how it was computed. The first call checks its result.
 # Pass its ``method`` to later calls with the same model and shapes, and they skip the
-# check. With wide linear layers, pass a result as ``out``, too: the next one is written
-# into its memory. With other models, leave ``out`` away: the six lines are as fast.
+# check. Not if the model decides by values, as with an ``if``: another batch may need
+# another method. With wide linear layers, pass a result as ``out``, too: the next one
+# is written into its memory. With other models, leave ``out`` away: the six lines are
+# as fast, where ``vmap`` takes the model.
+#
+# If a plain CNN was computed ``sample by sample`` or by the ``definition``, then a ReLU
+# near zero was on in one method and off in the other: pass ``method="vmap(jacrev)"``.
 
 memory = batched_jacobian(model, X)
 for batch in torch.rand(3, N, 10):

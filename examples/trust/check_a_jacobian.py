@@ -526,6 +526,11 @@ for dtype in torch.float32, torch.float64:
     print(f"{dtype}: one column 1 % off is {found[dtype]:.2g} roundings. {LIMIT = }.")
 assert found[torch.float32] < LIMIT < found[torch.float64]
 
+# %%
+# And it can take a right Jacobian for a wrong one: in ``float32`` a ReLU whose input is
+# nearly zero may be on for one method, and off for another. In a deep network with many
+# ReLUs that happens now and then. Again, ``float64`` tells.
+
 # fold: The reference, with samples that mix
 
 

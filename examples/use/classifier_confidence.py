@@ -2,9 +2,9 @@ r"""
 Confidence of a classifier
 ==========================
 
-After this page you can ask a trained classifier for probabilities that are less sure
-far from its data, by the linearized Laplace approximation: of all its parameters, or of
-the last layer alone, also with thousands of classes.
+After this page you can ask a classifier that is too sure for better probabilities, by
+the linearized Laplace approximation: of all its parameters, or of the last layer alone,
+also with thousands of classes.
 """
 
 # fold: Imports
@@ -27,19 +27,19 @@ _ = torch.manual_seed(0)
 # %%
 # The function and its precision
 # ------------------------------
-# ``from laplace_softmax import laplace_softmax``, and call
-# ``laplace_softmax(model.eval(), X, X_new, precision)`` with all training samples
-# ``X``, which it takes in chunks.
+# ``from laplace_softmax import laplace_softmax, softmax_ggn``. Then ``H =
+# softmax_ggn(model.eval(), X)`` of all training samples ``X``, once, and
+# ``laplace_softmax(model, H, X_new, precision)``.
 #
 # - ``precision``: **choose it on held-out data**, as below, for a last layer, too. The
 #   loss is cross-entropy, summed over samples, plus ``precision / 2`` times the squared
 #   norm of ``theta``, a normal prior. So the ``weight_decay`` of SGD or Adam with a
 #   mean loss stands for ``N * weight_decay``. But that is often far too small, and the
 #   network unsure on its own data. That of AdamW is no such prior.
-# - The matrix takes ``8 P ** 2`` bytes, which fits for some 10 000 parameters. For
-#   larger networks require gradients of the last layer alone, ``model.fc`` or
-#   ``model[-1]``: ``model.requires_grad_(False)``, ``model.fc.requires_grad_(True)``.
-#   To train again: ``model.requires_grad_(True)``.
+# - ``H`` takes ``8 P ** 2`` bytes, and a call has three more of this size: that fits
+#   for some 10 000 parameters. For larger networks require gradients of the last layer
+#   alone, ``model.fc`` or ``model[-1]``: ``model.requires_grad_(False)``, then
+#   ``model.fc.requires_grad_(True)``. To train again: ``model.requires_grad_(True)``.
 #
 # The second derivatives of cross-entropy by the outputs are ``diag(p) - p p^T``,
 # whatever the labels are. ``J`` carries them to the parameters: the generalized
@@ -48,6 +48,8 @@ _ = torch.manual_seed(0)
 # of the linear model.
 
 # fold: Outputs, Jacobian and parameters; GGN, draws, and the mean softmax
+
+AT_ONCE = 64  # samples whose rows are in memory
 
 
 def vmap_jacrev(model, X):
@@ -99,21 +101,6 @@ def linearized(model, X):
     return fs.detach(), J, torch.cat(theta)
 
 
-def refuse_other_samples(X, X_new):
-    """Raise ``ValueError`` unless both hold samples, and of the same shape."""
-    if 0 in (len(X), len(X_new)) or X.shape[1:] != X_new.shape[1:]:
-        got = f"X has shape {list(X.shape)}, X_new {list(X_new.shape)}"
-        raise ValueError(f"{got}: both must hold samples of the same shape")
-
-
-def softmax_precision(J, fs, precision):
-    """Return the GGN ``[P, P]`` of a softmax plus the prior, with ``J [N, C, P]``."""
-    p = fs.softmax(1)
-    curvature = p.diag_embed() - p[:, :, None] * p[:, None]
-    H = torch.einsum("ncp,ncd,ndq->pq", J, curvature, J)
-    return H + precision * torch.eye(len(H)).to(H)
-
-
 def draws_of_parameters(H, draws):
     """Return ``[P, draws]``: normal numbers with the precision ``H``."""
     generator = torch.Generator().manual_seed(0)
@@ -126,134 +113,130 @@ def confidence(J, fs, changes):
     return (fs[..., None] + J @ changes.to(J)).softmax(1).mean(2)
 
 
+def softmax_ggn(model, X):
+    """Return the GGN ``[P, P]`` of the summed cross-entropy, in float64.
+
+    The model is in eval mode, and returns logits ``[N, C]`` for its training samples
+    ``X [N, ...]``. Raises ``ValueError`` if a shape does not fit, and what ``vmap``
+    raises.
+    """
+    if not len(X):
+        raise ValueError("X holds no samples")
+    H = None
+    for x in X.split(AT_ONCE):
+        fs, J, theta = linearized(model, x)
+        if fs.shape[1] < 2:
+            raise ValueError(
+                f"model(X) has shape {list(fs.shape)}: softmax needs C > 1"
+            )
+        H = theta.new_zeros(2 * theta.shape, dtype=torch.float64) if H is None else H
+        p, J = fs.double().softmax(1)[..., None], J.double()
+        mean = (p * J).sum(1, keepdim=True)
+        H.addmm_(J.flatten(0, 1).T, (p * (J - mean)).flatten(0, 1))
+    return H
+
+
 # %%
-# With these, the function goes through the samples in chunks.
-
-AT_ONCE = 64  # samples whose rows are in memory
+# With these, the function is short.
 
 
-def laplace_softmax(model, X, X_new, precision, draws=500):
+def laplace_softmax(model, H, X_new, precision, draws=500):
     """Return probabilities ``[N_new, C]`` of classes, averaged over parameters.
 
-    The model returns logits ``[N, C]``, is trained on ``X [N, ...]`` with the summed
-    cross-entropy plus ``precision / 2`` times the squared norm of its parameters, and
-    is in eval mode. Needs memory for a matrix ``[P, P]`` and the rows of ``AT_ONCE``
-    samples. Raises ``ValueError`` if a shape or a number does not fit, and what
-    ``vmap`` raises.
+    ``H [P, P]`` is ``softmax_ggn(model, X)``. The loss is the summed cross-entropy plus
+    ``precision / 2`` times the squared norm of the parameters. Raises ``ValueError`` if
+    a shape or a number does not fit, and what ``vmap`` raises.
     """
     if not (precision > 0 and draws > 0):
         raise ValueError(f"{precision=} and {draws=} must be positive")
-    refuse_other_samples(X, X_new)
-    H = 0
-    for x in X.split(AT_ONCE):
-        fs, J, _ = linearized(model, x)
-        if fs.shape[1] < 2:
-            got = f"model(X) has shape [{len(X)}, {fs.shape[1]}]"
-            raise ValueError(f"{got}: a softmax needs C > 1")
-        H = H + softmax_precision(J.double(), fs.double(), precision=0)
-    H.diagonal().add_(precision)
-    changes = draws_of_parameters(H, draws)
+    P = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if H.shape != (P, P):
+        raise ValueError(f"H must be [{P}, {P}], but is {list(H.shape)}")
+    if not len(X_new):
+        raise ValueError("X_new holds no samples")
+    with_prior = H.clone()
+    with_prior.diagonal().add_(precision)
+    changes = draws_of_parameters(with_prior, draws)
     new = (linearized(model, x) for x in X_new.split(AT_ONCE))
     return torch.cat([confidence(J, fs, changes) for fs, J, _ in new])
 
 
 # %%
-# ``load_iris`` has 150 flowers of three kinds, and the model looks at two measurements.
-# Ten standard deviations away from the data, nobody knows the kind. There, the softmax
-# is surer than Laplace.
+# ``load_iris`` has 150 flowers of three kinds. The model looks at two measurements of
+# 100 of them. Trained for long, it is too sure: on the other 50 flowers, the negative
+# log-likelihood (NLL) of Laplace is lower.
 
-# fold: The flowers, and how a network is trained
+# fold: The flowers, and how the network is trained
 
 
-def minimize(loss, model, weight_decay, steps):
-    """Return the model after these steps of Adam on the whole batch."""
-    optimizer = torch.optim.Adam(model.parameters(), 0.01, weight_decay=weight_decay)
+def trained(X, y, steps=3000):
+    """Return a network after these steps of Adam on the cross-entropy."""
+    model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 3))
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(steps):
         optimizer.zero_grad()
-        loss(model).backward()
+        cross_entropy(model(X), y).backward()
         optimizer.step()
     return model
 
 
-def network():
-    return nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
-
-
-flowers, y = map(torch.tensor, load_iris(return_X_y=True))
-X = ((flowers - flowers.mean(0)) / flowers.std(0))[:, -2:]
-model = network()
-_ = minimize(lambda net: cross_entropy(net(X), y, reduction="sum"), model, 0.3, 1000)
+flowers, kinds = map(torch.tensor, load_iris(return_X_y=True))
+flowers = ((flowers - flowers.mean(0)) / flowers.std(0))[:, -2:]
+order = torch.randperm(150, generator=torch.Generator().manual_seed(0))
+(X, X_new), (y, y_new) = flowers[order].split([100, 50]), kinds[order].split([100, 50])
+model = trained(X, y)
 
 # %%
 
-far = torch.tensor([[10.0, 0.0], [0.0, 10.0]])
-before, after = model(far).softmax(1), laplace_softmax(model, X, far, precision=0.3)
-for x, p, q in zip(far.tolist(), before.amax(1), after.amax(1)):
-    print(f"at {x}: softmax {p:.0%} sure, Laplace {q:.0%}")
+H = softmax_ggn(model, X)
+p, fs_new = laplace_softmax(model, H, X_new, precision=3), model(X_new).detach()
+print(f"NLL: softmax {cross_entropy(fs_new, y_new):.3f}", end=", ")
+print(f"Laplace {nll_loss(p.log(), y_new):.3f}")
 
 # %%
 # The reference for the GGN is autograd's second derivative of the linear model's loss.
 
 fs, J, theta = linearized(model, X)
-H = softmax_precision(J, fs, precision=0.3)
 
 
 def loss(change):  # of the linear model
     return cross_entropy(fs + J @ change, y, reduction="sum")
 
 
-reference = jacrev(jacrev(loss))(torch.zeros_like(theta))
-assert_close(H, reference + 0.3 * torch.eye(len(theta)))
+assert_close(H, jacrev(jacrev(loss))(torch.zeros_like(theta)))
 print("The GGN is autograd's second derivative of the linear model's loss.")
 
 # %%
 # Choice of the precision
 # -----------------------
-# The larger the precision, the nearer to the softmax. **Take the smallest one whose
-# NLL, on samples that the network has not seen, is within a standard error of the
-# lowest**. Here it is a difference to the softmax, with the standard error of that. A
-# smaller precision doubts more far from the data, and is worse on it. If the lowest is
-# the last, go on to larger ones: perhaps the softmax is as good, and doubt far away is
-# all that you gain.
+# The larger the precision, the nearer to the softmax. **Take the one with the lowest
+# NLL on samples that the network has not seen.** If that is the last, go on to larger
+# ones. If none is below the softmax, the softmax is not too sure.
 
-order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-fit, held_out = order[:100], order[100:]
-part = network()
-_ = minimize(lambda net: cross_entropy(net(X[fit]), y[fit]), part, 0, 1000)
-inputs = torch.cat([X[held_out], far])
-softmax = part(inputs).detach().softmax(1)
-
-
-def nll(p):  # of each held-out sample
-    return nll_loss(p[: len(held_out)].log(), y[held_out], reduction="none")
-
-
-for precision in 0.01, 0.1, 1, 10, 100:
-    p = laplace_softmax(part, X[fit], inputs, precision)
-    more, sure = nll(p) - nll(softmax), p[-2:].amax(1).mean()
-    mean, error = more.mean(), more.std() / len(more) ** 0.5
-    print(f"{precision}: NLL {mean:+.3f}, error {error:.3f}; far {sure:.0%} sure")
-print(f"softmax: far {softmax[-2:].amax(1).mean():.0%} sure")
+nll = {}
+for precision in 0.1, 0.3, 1, 3, 10, 30, 100:
+    p = laplace_softmax(model, H, X_new, precision)
+    nll[precision] = nll_loss(p.log(), y_new).item()
+    print(f"{precision}: NLL {nll[precision]:.3f}, {p.amax(1).mean():.0%} sure")
+choice = min(nll, key=nll.get)
+print(f"chosen: {choice}")
 
 # %%
-# In the map, color is the largest probability, and points are flowers.
+# In the map, color is the largest probability, and points are the unseen flowers.
 
 # fold: How the map is drawn
-angle, axis = torch.arange(0, 2 * torch.pi, 0.1), torch.linspace(-8, 8, 41)
-away = 10 * torch.stack([angle.cos(), angle.sin()], dim=1)
-inputs = torch.cat([X, away, torch.cartesian_prod(axis, axis)])
-found = {"softmax": model(inputs).detach().softmax(1)}
-found["Laplace"] = laplace_softmax(model, X, inputs, precision=0.3)
+axis = torch.linspace(-4, 4, 81)
+grid = torch.cartesian_prod(axis, axis)
+found = {"softmax": model(grid).detach().softmax(1)}
+found["Laplace"] = laplace_softmax(model, H, grid, choice)
+losses = {"softmax": cross_entropy(fs_new, y_new).item(), "Laplace": nll[choice]}
 fig, axes = plt.subplots(1, 2, figsize=(5, 3.8), sharey=True, layout="constrained")
-for ax, (name, mean) in zip(axes, found.items()):
-    sure = mean.amax(1).split([len(X), len(away), len(axis) ** 2])
-    near, far = sure[0].mean(), sure[1].mean()
-    print(f"{name}: {near:.0%} sure on the data, {far:.0%} far away")
-    area, levels = sure[2].view(41, 41).T, torch.linspace(0.3, 1, 15)
+for ax, (name, p) in zip(axes, found.items()):
+    area, levels = p.amax(1).view(81, 81).T, torch.linspace(0.3, 1, 15)
     image = ax.contourf(axis, axis, area, levels, cmap="cividis")
     for kind, color in enumerate(["#E69F00", "#56B4E9", "#CC79A7"]):
-        ax.scatter(*X[y == kind].T, color=color, edgecolor="black", s=25)
-    ax.set_title(f"{name}: {far:.0%} sure\nfar from the data")
+        ax.scatter(*X_new[y_new == kind].T, color=color, edgecolor="black", s=25)
+    ax.set_title(f"{name}: NLL {losses[name]:.2f}\non unseen flowers")
     ax.set(xlabel="petal length (sd)", aspect="equal")
 axes[0].set_ylabel("petal width (sd)")
 fig.colorbar(image, ax=axes, label="largest probability", location="bottom")
@@ -316,12 +299,12 @@ def kronecker_softmax(factors, phi, fs, precision, draws=500):
 
 
 factors = kronecker_factors(last_inputs(model, model[-1], X), fs)
-new = torch.cat([X, away])
-phi, logits = last_inputs(model, model[-1], new), model(new).detach()
+phi = last_inputs(model, model[-1], X_new)
 _ = model[:-1].requires_grad_(False)
+H_last = softmax_ggn(model, X)
 for precision in 0.01, 0.3, 10:
-    found = kronecker_softmax(factors, phi, logits, precision)
-    off = (found - laplace_softmax(model, X, new, precision)).abs().max()
+    found = kronecker_softmax(factors, phi, fs_new, precision)
+    off = (found - laplace_softmax(model, H_last, X_new, precision)).abs().max()
     print(f"precision {precision}: off by {off:.2f} or less from the dense matrix")
 
 # %%
@@ -330,8 +313,8 @@ for precision in 0.01, 0.3, 10:
 blocks = vmap_jacrev(model[-1], model[:-1](X).detach())
 J = torch.cat([blocks["weight"], blocks["bias"][..., None]], dim=3).flatten(2)
 phi, p = last_inputs(model, model[-1], X), fs.softmax(1)
-H = torch.kron((p.sum(0).diag() - p.T @ p) / len(p), phi.T @ phi)
-covariance = J @ (H + 0.3 * torch.eye(len(H))).inverse() @ J.mT
+product = torch.kron((p.sum(0).diag() - p.T @ p) / len(p), phi.T @ phi)
+covariance = J @ (product + 0.3 * torch.eye(len(product))).inverse() @ J.mT
 variance, U = kronecker_variance(factors, phi, precision=0.3), factors[1]
 assert_close(U.T @ covariance @ U, variance.diag_embed())
 print("They agree.")
@@ -351,13 +334,15 @@ torch.set_num_threads(threads)
 # %%
 # Cost
 # ----
-# - ``laplace_softmax`` has the rows of a chunk, ``[n, C, P]``, and a matrix ``[P, P]``,
-#   which it factors in time ``P ** 3``, in each call.
+# - ``softmax_ggn`` has the rows of a chunk, ``[n, C, P]``, and takes time
+#   ``N * C * P ** 2``. ``laplace_softmax`` factors a matrix in time ``P ** 3``.
+# - The mean over ``draws`` has an error of its own: take more to see how large it is.
 # - Where layers are wide, ``batched_jacobian`` from ``batched_jacobian.py`` goes in the
 #   place of ``vmap_jacrev``: same arguments, same result.
 #
 # When not to use it
 # ------------------
+# - The softmax is not too sure: no precision has a lower NLL.
 # - You look for inputs of another kind: doubt grows only where ``J`` looks. Compare
 #   with the largest softmax probability on inputs that you know.
 # - The network is far from a minimum: the doubt is that of the linear model.
@@ -366,7 +351,7 @@ torch.set_num_threads(threads)
 # -----------------
 # - Draw parameters around the trained ones, and average the softmax of the linear
 #   model.
-# - Choose the precision on held-out samples, not by the weight decay.
+# - Choose the precision by the NLL on held-out samples, not by the weight decay.
 # - For the last layer, keep ``phi`` and not the Jacobian.
 #
 # Next: ``use/training_predicted.py``, what the kernel of the rows says before the

@@ -36,7 +36,8 @@ _ = torch.manual_seed(0)
 # ``fs + J @ (t - theta)``, which is a linear model in ``t``. A Bayesian linear model
 # has error bars, and scikit-learn's ``BayesianRidge`` fits one: the rows are those of
 # ``J``, the targets ``Y - fs + J @ theta``. A bar has two parts, the noise of the data
-# and the doubt about the parameters.
+# and the doubt about the parameters. There is no number to choose: the fit finds the
+# noise and the prior, and your weight decay does not enter.
 
 # fold: Outputs, Jacobian and parameters, with checks
 

@@ -2,8 +2,9 @@ r"""
 Influence of training samples
 =============================
 
-After this page you can say how the test loss would change had a trained network never
-seen one of its training samples, for all samples at once and without training again.
+After this page you can say how the test loss would change had a trained classifier
+never seen one of its training samples, for all samples at once and without training
+again.
 You find the samples that help or harm an answer, with the whole Jacobian or with a
 random projection of it.
 """
