@@ -263,8 +263,9 @@ torch.set_num_threads(threads)
 # %%
 # What to take home
 # -----------------
-# - Compile a small Jacobian that you take many thousands of times, with the same
-#   sizes or a mark. Otherwise the first call costs more than it gains.
+# - Compile a small Jacobian that you take tens of thousands of times, with the same
+#   sizes or a mark. Otherwise the first call costs more than it gains: join batches
+#   that have the same parameters, and split the result.
 # - Compile the Jacobian, not the model in it.
 # - For several models, and for convolutions, pass ``dynamic=False``, without a mark.
 #

@@ -36,7 +36,7 @@ _ = torch.manual_seed(0)
 #   norm of ``theta``, a normal prior. So the ``weight_decay`` of SGD or Adam with a
 #   mean loss stands for ``N * weight_decay``. But that is often far too small, and the
 #   network unsure on its own data. That of AdamW is no such prior.
-# - ``H`` takes ``8 P ** 2`` bytes, and a call has three more of this size: that fits
+# - ``H`` takes ``8 P ** 2`` bytes, and a call has two more of this size: that fits
 #   for some 10 000 parameters. For larger networks require gradients of the last layer
 #   alone, ``model.fc`` or ``model[-1]``: ``model.requires_grad_(False)``, then
 #   ``model.fc.requires_grad_(True)``. To train again: ``model.requires_grad_(True)``.
@@ -211,7 +211,8 @@ print("The GGN is autograd's second derivative of the linear model's loss.")
 # -----------------------
 # The larger the precision, the nearer to the softmax. **Take the one with the lowest
 # NLL on samples that the network has not seen.** If that is the last, go on to larger
-# ones. If none is below the softmax, the softmax is not too sure.
+# ones. If none is below the softmax, the softmax is not too sure. These samples made the
+# choice: for a fair NLL of it, keep others apart.
 
 nll = {}
 for precision in 0.1, 0.3, 1, 3, 10, 30, 100:
