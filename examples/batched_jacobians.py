@@ -233,7 +233,8 @@ for title, middle in cases.items():
 # - Take BackPACK where you already use it, in eval mode, and for layers that it reads
 #   to the end: ``trust/layer_support.py`` lists them, and ``trust/silent_failures.py``
 #   says where nothing warns you, such as circular padding and hooks. ``BatchGrad``
-#   holds one output at a time; ``SqrtGGNExact`` needs one pass and more rules.
+#   holds one output at a time; ``SqrtGGNExact`` needs one pass and more rules, and is
+#   not always faster: time both.
 # - The autograd loop is the definition. Compare with it, on a handful of samples; at
 #   any size, ``trust/check_a_jacobian.py`` compares with a few backward passes.
 #

@@ -109,7 +109,7 @@ def test_float32_chooses_the_same(names):
     chosen, _ = names["most_informative"](rows, [0, 5], 4)
     single, inverse = names["most_informative"](rows.float(), [0, 5], 4)
     assert single == chosen
-    assert inverse.dtype == torch.float32
+    assert inverse.dtype == torch.float64
 
 
 def test_strategies_choose_what_has_no_label(names):
@@ -154,3 +154,11 @@ def test_ntk_holds_the_inner_products_of_the_rows(names, taught):
     products = torch.einsum("nab,nbmd,mcd->namc", weigh, K, weigh)
     rows = names["fisher_rows"](model, X)
     assert_close(products, torch.einsum("nap,mcp->namc", rows, rows))
+
+
+def test_rows_in_float32_give_the_same_choice(names):
+    X, model = 30 * wine(60), network()
+    rows = names["fisher_rows"](model, X)
+    chosen, _ = names["most_informative"](rows, [0, 1, 2], 8, 1e-6)
+    single, inverse = names["most_informative"](rows.float(), [0, 1, 2], 8, 1e-6)
+    assert single[:4] == chosen[:4] and inverse.dtype == torch.float64

@@ -209,3 +209,14 @@ def test_labels_of_another_shape_are_refused(labels, names):
     names["optimum"](model, X, y, 1.0)
     with pytest.raises(ValueError, match=r"labels must have the shape \[N\], but have"):
         names["influence"](model, X, y, X[:3], labels, 1.0)
+
+
+@pytest.mark.parametrize(
+    "y", [torch.rand(9, 1), torch.rand(9), torch.ones(9, 1).long()]
+)
+def test_what_is_no_label_is_refused_by_the_training(y, names):
+    model, X = nn.Linear(4, 3), torch.rand(9, 4)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"y must be labels \[N\], but is \[9"):
+        names["optimum"](model, X, y, 10.0)
+    assert all(map(torch.equal, before, model.parameters()))

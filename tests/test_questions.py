@@ -246,6 +246,8 @@ def test_influence_of_a_regression_is_that_of_fitting_again(start):
     residuals = y - A @ theta
     replaced = regression.replace("torch.rand(N)", "residuals")
     replaced = replaced.replace("torch.eye(N)", "torch.eye(N).double()")
+    said = []
+    names["print"] = said.append
     names |= {"residuals": residuals, "X_new": X_new}
     first, _, second = replaced.partition("\n\n")
     exec(
@@ -254,6 +256,7 @@ def test_influence_of_a_regression_is_that_of_fitting_again(start):
     )
     exec(first, names)
     trained = names["changes"]
+    assert said[0] < 1e-12
     exec(second.replace("torch.rand(4, 10)", "X_new"), names)
     for n in range(15):
         change = fitted([m for m in range(15) if m != n]) - theta

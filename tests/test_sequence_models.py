@@ -251,6 +251,33 @@ def test_unrolled_lstm_is_an_lstm_that_vmap_takes(names, N, T, D, H, seed):
     assert_close(names["sample_loop_jacobian"](Outputs(lstm), X), expected)
 
 
+@pytest.mark.parametrize(("N", "T", "D", "H"), [(4, 3, 2, 5), (1, 1, 3, 2)])
+def test_unrolled_gru_is_a_gru_that_vmap_takes(names, N, T, D, H):
+    torch.manual_seed(1)
+    gru = nn.GRU(D, H, batch_first=True)
+    unrolled = names["UnrolledGRU"](D, H, batch_first=True)
+    unrolled.load_state_dict(gru.state_dict())
+    X, start = torch.randn(N, T, D), torch.randn(1, N, H)
+    assert_close(unrolled(X), gru(X))
+    assert_close(unrolled(X, start), gru(X, start))
+    expected = reference(Outputs(gru), X)
+    assert_close(names["vmap_jacrev"](Outputs(unrolled), X), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_layers": 2}, "one layer"),
+        ({"bidirectional": True}, "one direction"),
+        ({"batch_first": False}, "needs batch_first=True"),
+        ({"bias": False}, "bias=True"),
+    ],
+)
+def test_unrolled_gru_raises_for_what_it_cannot(options, message, names):
+    with pytest.raises(ValueError, match=message):
+        names["UnrolledGRU"](4, 3, **{"batch_first": True} | options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

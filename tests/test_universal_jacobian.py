@@ -784,3 +784,30 @@ def test_bad_input_raises_and_changes_nothing(message, jacobian, size):
 def test_bad_method_raises(jacobian):
     with pytest.raises(ValueError, match="method must be one of .* but is 'fastest'"):
         jacobian(mlp(4, 3), torch.rand(5, 4), method="fastest")
+
+
+class Decides(nn.Linear):
+    """Another function if the largest value of the batch is above 3."""
+
+    def forward(self, X):
+        fs = super().forward(X)
+        largest = X.abs().max().item()
+        return fs * 3 / largest if largest > 3 else fs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_method_of_another_batch_that_is_wrong_for_this_one_raises(jacobian, dtype):
+    model, X = Decides(4, 3).to(dtype), torch.rand(6, 4, dtype=dtype)
+    first = jacobian(model, X)
+    assert first.method == "sample by sample"
+    again = jacobian(model, X, method=first.method)
+    assert_close(dict(again), dict(first))
+    X[2] *= 9
+    with pytest.raises(ValueError, match="a sample alone has another output: leave"):
+        jacobian(model, X, method=first.method)
+    J = jacobian(model, X)
+    assert J.method == "definition"
+    wanted = (
+        3 / X.abs().max() * X[:, None, None, :] * torch.eye(3, dtype=dtype)[..., None]
+    )
+    assert_close(J["weight"], wanted.expand(6, 3, 3, 4))

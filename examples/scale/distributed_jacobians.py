@@ -321,7 +321,9 @@ plt.show()
 # Your own program
 # ----------------
 # Save the texts of a program as one file, with the lines that make your model and your
-# samples in the place of ``torch.load``. On one machine, start it with::
+# samples in the place of ``torch.load``. They have to be the same on all ranks, and
+# nothing checks that: load them, or call ``torch.manual_seed``. On one machine, start
+# the file with::
 #
 #     torchrun --standalone --nproc-per-node=2 program.py
 #

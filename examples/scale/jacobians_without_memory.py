@@ -315,7 +315,9 @@ for name, (model, X) in large.items():
 # ``J`` after the other, each checked against a gradient of its own samples before you
 # get it. With a ``plan`` from above, ``size=(plan["samples"], C)`` fits; if that is 0,
 # take one sample and fewer outputs. The plan counts what PyTorch allocates; leave some
-# memory to the system.
+# memory to the system. In ``float32`` a ReLU whose input is nearly zero may be on for
+# one method and off for another, which changes single samples. A chunk that fails for
+# that reason is computed again in ``float64``, and has to pass there.
 #
 # Where samples influence each other, as in a softmax over the batch, a chunk is no part
 # of ``J``: ``samples_apart`` finds that out before the first chunk. It compares the

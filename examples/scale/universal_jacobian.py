@@ -64,7 +64,7 @@ def batched_jacobian(model, X, *, out=None, method=None):
     with unchanged(model):
         leaves, X = differentiable(params, X)
         fs, layers = None, []
-        if out is not None or method not in ("vmap(jacrev)", "sample by sample"):
+        if out is not None or method != "vmap(jacrev)":
             fs, layers = forward(model, leaves, X)
         if out is not None:
             check_blocks(out, fs, params)
@@ -194,9 +194,18 @@ def blocks_by(method, model, leaves, names, X, fs, layers):
     if method == "vmap(jacrev)":
         return from_vmap(model, leaves, names, X, [])
     if method == "sample by sample":
-        rows = (outputs(model, leaves, x)[0] for x in X.split(1))
+        rows = (row_alone(model, leaves, x, row) for x, row in zip(X.split(1), fs))
         return from_rows(rows, leaves, names)
     return from_rows(fs, leaves, names)
+
+
+def row_alone(model, leaves, x, row):
+    """Return ``model(x)[0]``, or raise ``ValueError`` if it is another ``row`` in X."""
+    alone = outputs(model, leaves, x)[0]
+    precision = torch.finfo(row.dtype).eps ** 0.5
+    if not norm(alone - row) <= precision * norm(row):
+        raise ValueError("a sample alone has another output: leave method away")
+    return alone
 
 
 def from_vmap(model, leaves, names, X, layers):
@@ -400,10 +409,10 @@ print(f"batched_jacobian agrees with the autograd loop for {len(J)} parameters."
 # -----------------
 # The result's ``method`` says how it was computed. The first call checks its result.
 # Pass its ``method`` to later calls with the same model and shapes, and they skip the
-# check. Not if the model decides by values, as with an ``if``: another batch may need
-# another method. With wide linear layers, pass a result as ``out``, too: the next one
-# is written into its memory. With other models, leave ``out`` away: the six lines are
-# as fast, where ``vmap`` takes the model.
+# check. If the model decides by values, as with an ``if``, another batch may need
+# another method: leave it away. With wide linear layers, pass a result as ``out``, too:
+# the next one is written into its memory. With other models, leave ``out`` away: the
+# six lines are as fast, where ``vmap`` takes the model.
 #
 # If a plain CNN was computed ``sample by sample`` or by the ``definition``, then a ReLU
 # near zero was on in one method and off in the other: pass ``method="vmap(jacrev)"``.

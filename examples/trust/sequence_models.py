@@ -227,11 +227,11 @@ print_error("LSTM, forward", vmap(lstm), X)
 print_error("GRU, forward", vmap(Recurrent(nn.GRU)), X)
 
 # %%
-# Written out with operations that are not in place, an LSTM works in each dtype. It
-# inherits the parameters, so it loads the state of the other, and the Jacobian has the
-# same names.
+# Written out with operations that are not in place, an LSTM or a GRU works in each
+# dtype, with all samples side by side. It inherits the parameters, so it loads the
+# state of the other, and the Jacobian has the same names.
 
-# fold: UnrolledLSTM
+# fold: UnrolledLSTM and UnrolledGRU
 
 
 class UnrolledLSTM(nn.LSTM):
@@ -258,14 +258,38 @@ class UnrolledLSTM(nn.LSTM):
         return torch.stack(outputs, 1), (h[None], c[None])
 
 
+class UnrolledGRU(nn.GRU):
+    """An ``nn.GRU`` that ``vmap`` can take: one layer and direction, batch first."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        if self.num_layers > 1 or self.bidirectional:
+            raise ValueError("UnrolledGRU has one layer and one direction")
+        if not self.batch_first or not self.bias:
+            raise ValueError("UnrolledGRU needs batch_first=True and bias=True")
+
+    def forward(self, X, state=None):
+        h = X.new_zeros(len(X), self.hidden_size) if state is None else state[0]
+        outputs = []
+        for x in X.unbind(1):
+            of_x = F.linear(x, self.weight_ih_l0, self.bias_ih_l0).chunk(3, dim=1)
+            of_h = F.linear(h, self.weight_hh_l0, self.bias_hh_l0).chunk(3, dim=1)
+            r, z = (of_x[k].add(of_h[k]).sigmoid() for k in range(2))
+            n = (of_x[2] + r * of_h[2]).tanh()
+            h = (1 - z) * n + z * h
+            outputs.append(h)
+        return torch.stack(outputs, 1), h[None]
+
+
 # %%
 # The same parameters, another forward pass:
 
-unrolled = Recurrent(UnrolledLSTM)
-_ = unrolled.load_state_dict(lstm.state_dict())
-assert_close(unrolled(X), lstm(X))
-assert_close(vmap_jacrev(unrolled, X), J_lstm)
-print("vmap(jacrev) of the LSTM that is written out agrees, in float64.")
+for layer, kind in (nn.LSTM, UnrolledLSTM), (nn.GRU, UnrolledGRU):
+    plain, unrolled = Recurrent(layer), Recurrent(kind)
+    _ = unrolled.load_state_dict(plain.state_dict())
+    assert_close(unrolled(X), plain(X))
+    assert_close(vmap_jacrev(unrolled, X), sample_loop_jacobian(plain, X))
+    print(f"vmap(jacrev) of the {layer.__name__} that is written out agrees.")
 
 # %%
 # Fast path of the encoder under vmap

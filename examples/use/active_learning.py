@@ -126,8 +126,9 @@ def most_informative(rows, known, count, prior=1.0):
 
     ``rows [N, C, P]`` are Fisher rows, ``known`` is a list of indices into them with a
     label, and ``prior`` is what the weight decay of a summed loss would be. Raises
-    ``ValueError`` if fewer than ``count`` others are left.
+    ``ValueError`` if fewer than ``count`` others are left. Computes in float64.
     """
+    rows = rows.double()
     N, C, P = rows.shape
     left, identity = torch.ones(N, dtype=torch.bool), torch.eye(C).to(rows)
     left[known] = False

@@ -60,7 +60,12 @@ def vmap_jacrev(model, X):
 
 
 def optimum(model, X, y, decay, steps=500):
-    """Minimize the sum of losses + decay / 2 |p|^2 in place, and return the model."""
+    """Minimize the sum of losses + decay / 2 |p|^2 in place, and return the model.
+
+    Raises ``ValueError`` if ``y`` holds no labels ``[N]``.
+    """
+    if y.ndim != 1 or y.is_floating_point():
+        raise ValueError(f"y must be labels [N], but is {list(y.shape)}, {y.dtype}")
     options = {"tolerance_grad": 3e-4, "tolerance_change": 0, "history_size": 50}
     options |= {"max_iter": steps, "line_search_fn": "strong_wolfe"}
     lbfgs = torch.optim.LBFGS(model.parameters(), **options)

@@ -115,8 +115,8 @@ print("Norms and clipped sum agree with those of the stored gradients.")
 #
 # Convolutions have small weights and large outputs: their gradients are cheaper than
 # their factors. Take the gradients of a few samples, clip, add, and go on. A layer in
-# which samples mix, such as batch norm in training, raises an error of ``vmap``: take
-# group norm.
+# which samples mix, such as batch norm in training, raises an error of ``vmap``, or
+# sees each sample alone if it keeps no running statistics: take group norm.
 
 
 def clipped_in_chunks(model, X, y, bound, samples):
@@ -338,7 +338,8 @@ plt.show()
 # - Stored gradients have ``N * P`` numbers, and the Jacobian has ``C`` times as many.
 # - ``clipped_gradient`` needs ``N * (I + O)`` numbers per layer and two backward
 #   passes, whatever ``C`` is.
-# - ``clipped_in_chunks`` needs ``samples * P`` numbers.
+# - ``clipped_in_chunks`` needs ``samples * P`` numbers, and those that the layers
+#   return for so many samples. Start with 8, and time it with 16.
 # - `Opacus <https://opacus.ai>`_ has rules for many layers; its default
 #   ``loss_reduction="mean"`` multiplies with ``N``.
 #
