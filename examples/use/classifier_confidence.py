@@ -169,8 +169,8 @@ def laplace_softmax(model, H, X_new, precision, draws=500):
 # fold: The flowers, and how the network is trained
 
 
-def trained(X, y, steps=3000):
-    """Return a network after these steps of Adam on the cross-entropy."""
+def flower_network(X, y, steps=3000):
+    """Return a network trained by these steps of Adam on the cross-entropy."""
     model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 3))
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(steps):
@@ -184,7 +184,7 @@ flowers, kinds = map(torch.tensor, load_iris(return_X_y=True))
 flowers = ((flowers - flowers.mean(0)) / flowers.std(0))[:, -2:]
 order = torch.randperm(150, generator=torch.Generator().manual_seed(0))
 (X, X_new), (y, y_new) = flowers[order].split([100, 50]), kinds[order].split([100, 50])
-model = trained(X, y)
+model = flower_network(X, y)
 
 # %%
 
