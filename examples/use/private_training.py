@@ -89,7 +89,7 @@ def clipped_gradient(model, X, y, bound):
         if isinstance(layer, nn.Linear):
             calls.append((layer, a.detach(), fs))
         elif any(True for _ in layer.parameters()):
-            raise TypeError(f"no rule for {layer}")
+            raise TypeError(f"no rule for {layer}: take clipped_in_chunks")
         params += layer.parameters()
     if any(a.ndim != 2 for _, a, _ in calls) or len(set(params)) < len(params):
         raise ValueError("a layer's input is not [N, I], or layers share a parameter")
