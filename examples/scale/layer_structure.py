@@ -180,7 +180,7 @@ def layer_structure(model, X, out=None):
         if J[name].shape != shape:
             raise ValueError(f"{name} needs {list(shape)}, not {list(J[name].shape)}")
         column, row = delta.flatten(1)[:, :, None], a[:, None]
-        torch.bmm(column, row, out=J[name].view(len(a), -1, a.shape[1]))
+        torch.mul(column, row, out=J[name].view(len(a), -1, a.shape[1]))
     return J
 
 

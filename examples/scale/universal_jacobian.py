@@ -269,7 +269,7 @@ def write(block, out):
     if out is None:
         out = delta.new_empty(*delta.shape, a.shape[1])
     column, row = delta.flatten(1)[:, :, None], a[:, None].to(delta.dtype)
-    torch.bmm(column, row, out=out.view(len(a), -1, a.shape[1]))
+    torch.mul(column, row, out=out.view(len(a), -1, a.shape[1]))
     return out
 
 
