@@ -101,8 +101,11 @@ take_away = {
     "laplace_softmax": (
         "use/classifier_confidence",
         [
-            *("laplace_softmax", "softmax_ggn"),
-            *("kronecker_softmax", "kronecker_factors", "last_inputs"),
+            "laplace_softmax",
+            "softmax_ggn",
+            "kronecker_softmax",
+            "kronecker_factors",
+            "last_inputs",
         ],
     ),
     "levenberg_marquardt": ("use/levenberg_marquardt", ["levenberg_marquardt"]),

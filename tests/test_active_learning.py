@@ -162,3 +162,26 @@ def test_rows_in_float32_give_the_same_choice(names):
     chosen, _ = names["most_informative"](rows, [0, 1, 2], 8, 1e-6)
     single, inverse = names["most_informative"](rows.float(), [0, 1, 2], 8, 1e-6)
     assert single[:4] == chosen[:4] and inverse.dtype == torch.float64
+
+
+class Keeps(nn.Linear):
+    def forward(self, X):
+        self.kept = super().forward(X)
+        return self.kept
+
+
+def test_a_kept_tensor_and_hooks_stay_and_change_nothing(names):
+    model, X = (
+        nn.Sequential(Keeps(13, 5), nn.Tanh(), nn.Linear(5, 3)).double(),
+        torch.randn(15, 13).double(),
+    )
+
+    def result():
+        return names["fisher_rows"](model, X)
+
+    plain = result()
+    model(X)
+    kept = model[0].kept
+    hook = model[2].register_full_backward_hook(lambda layer, to, of: (7 * to[0],))
+    assert_close(result(), plain)
+    assert model[0].kept is kept and hook.id in model[2]._backward_hooks

@@ -220,3 +220,28 @@ def test_what_is_no_label_is_refused_by_the_training(y, names):
     with pytest.raises(ValueError, match=r"y must be labels \[N\], but is \[9"):
         names["optimum"](model, X, y, 10.0)
     assert all(map(torch.equal, before, model.parameters()))
+
+
+class Keeps(nn.Linear):
+    def forward(self, X):
+        self.kept = super().forward(X)
+        return self.kept
+
+
+def test_a_kept_tensor_and_hooks_stay_and_change_nothing(names):
+    model, X = (
+        nn.Sequential(Keeps(13, 5), nn.Tanh(), nn.Linear(5, 3)).double(),
+        torch.randn(15, 13).double(),
+    )
+    y, y_test = torch.tensor([0, 1, 2] * 5), torch.tensor([2, 1])
+    names["optimum"](model, X, y, 1.0)
+
+    def result():
+        return names["influence"](model, X, y, X[:2], y_test, 1.0)
+
+    plain = result()
+    model(X)
+    kept = model[0].kept
+    hook = model[2].register_full_backward_hook(lambda layer, to, of: (7 * to[0],))
+    assert_close(result(), plain)
+    assert model[0].kept is kept and hook.id in model[2]._backward_hooks

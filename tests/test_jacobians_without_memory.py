@@ -425,7 +425,9 @@ class Switches(nn.Linear):
 def test_what_fails_in_float32_is_checked_in_float64(many, names):
     torch.manual_seed(0)
     model, X = Switches(many).float(), torch.rand(8, 4)
+    model.kept = model(X.float())  # as after a step of training
     rows = [chunk for *_, chunk in names["jacobian_chunks"](model, X.float(), (4, 3))]
+    del model.kept
     wide = copy.deepcopy(model).double()
     J = autograd.functional.jacobian(
         lambda w: torch.func.functional_call(wide, {"weight": w}, (X.double(),)),

@@ -1,5 +1,6 @@
 """The functions of ``private_training.py`` against Opacus, on other data and seeds."""
 
+import copy
 import math
 
 import pytest
@@ -86,7 +87,7 @@ def test_bad_models_raise(names):
     with pytest.raises(ValueError, match="layers share a parameter"):
         clip(nn.Sequential(shared, nn.Tanh(), shared), X, y, 1.0)
     places = nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(8, 3)).double()
-    with pytest.raises(ValueError, match=r"input is not \[N, I\]"):
+    with pytest.raises(ValueError, match=r"an input is not \[N, I\]"):
         clip(places, X.unflatten(1, (2, 3)), y, 1.0)
 
 
@@ -121,13 +122,56 @@ def test_chunks_of_any_model(samples, frozen, names):
     assert all(p.grad is None for p in model.parameters())
 
 
+class Keeps(nn.Linear):
+    def forward(self, X):
+        self.kept = super().forward(X)
+        return self.kept
+
+
+@pytest.mark.parametrize("function", ["clipped_gradient", "clipped_in_chunks"])
+def test_a_kept_tensor_and_hooks_stay_and_change_nothing(names, function):
+    torch.manual_seed(2)
+    model, X = nn.Sequential(Keeps(6, 3)).double(), torch.rand(5, 6).double()
+    y, options = torch.tensor([0, 1, 2, 1, 0]), {"bound": 0.1}
+    options |= {"samples": 2} if function == "clipped_in_chunks" else {}
+    plain, _ = names[function](model, X, y, **options)
+    model(X)
+    kept = model[0].kept
+    hook = model[0].register_full_backward_pre_hook(lambda layer, of: (7 * of[0],))
+    found, _ = names[function](model, X, y, **options)
+    assert_close(list(found), list(plain))
+    assert model[0].kept is kept and hook.id in model[0]._backward_pre_hooks
+
+
 def test_chunks_of_no_samples_and_of_samples_that_mix(names):
     model, X, y = conv_net(), torch.rand(4, 2, 5, 5), torch.tensor([0, 1, 2, 1])
     total, norms = names["clipped_in_chunks"](model, X[:0], y[:0], 1.0, 2)
     assert norms.shape == (0,) and not any(t.any() for t in total)
     mixing = nn.Sequential(nn.BatchNorm2d(2), *model)
+    before = copy.deepcopy(mixing.state_dict())
     with pytest.raises(RuntimeError, match="BatchNorm|running_mean|in-place"):
         names["clipped_in_chunks"](mixing, X, y, 1.0, 2)
+    assert_close(dict(mixing.state_dict()), dict(before), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        ({"bound": 0.0}, "bound=0.0 and samples=2: all must be positive"),
+        ({"bound": float("nan")}, "bound=nan"),
+        ({"samples": -1}, "samples=-1: all must be positive"),
+        ({"model": conv_net().requires_grad_(False)}, "0 trained parameters"),
+    ],
+)
+def test_what_cannot_be_clipped_raises(names, bad, text):
+    X, y = torch.rand(4, 2, 5, 5), torch.tensor([0, 1, 2, 1])
+    good = {"model": conv_net(), "X": X, "y": y, "bound": 1.0, "samples": 2}
+    with pytest.raises(ValueError, match=text):
+        names["clipped_in_chunks"](**(good | bad))
+    linear, X = nn.Sequential(nn.Linear(6, 3)), torch.rand(4, 6)
+    if "bound" in bad:
+        with pytest.raises(ValueError, match="must be positive"):
+            names["clipped_gradient"](linear, X, y, bad["bound"])
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -317,7 +317,7 @@ for name, (model, X) in large.items():
 # take one sample and fewer outputs. The plan counts what PyTorch allocates; leave some
 # memory to the system. In ``float32`` a ReLU whose input is nearly zero may be on for
 # one method and off for another, which changes single samples. A chunk that fails for
-# that reason is computed again in ``float64``, and has to pass there.
+# that reason is computed again in ``float64``, with twice its memory, and has to pass.
 #
 # Where samples influence each other, as in a softmax over the batch, a chunk is no part
 # of ``J``: ``samples_apart`` finds that out before the first chunk. It compares the
@@ -366,9 +366,11 @@ def in_double(model, X, wrong):
 
     Raises ``ValueError`` that ``wrong`` is wrong if the model does not run like that.
     """
+    members = [v for m in model.modules() for v in vars(m).values()]
+    kept = {id(v): v.detach() for v in members if isinstance(v, torch.Tensor)}
     try:
         wide = X.double() if X.is_floating_point() else X
-        yield copy.deepcopy(model).double(), wide
+        yield copy.deepcopy(model, kept).double(), wide  # kept may have a graph
     except Exception as error:
         raise ValueError(f"wrong, and not computable in float64: {wrong}") from error
 

@@ -684,9 +684,11 @@ def in_double(model, X, wrong):
 
     Raises ``ValueError`` that ``wrong`` is wrong if the model does not run like that.
     """
+    members = [v for m in model.modules() for v in vars(m).values()]
+    kept = {id(v): v.detach() for v in members if isinstance(v, torch.Tensor)}
     try:
         wide = X.double() if X.is_floating_point() else X
-        yield copy.deepcopy(model).double(), wide
+        yield copy.deepcopy(model, kept).double(), wide  # kept may have a graph
     except Exception as error:
         raise ValueError(f"wrong, and not computable in float64: {wrong}") from error
 

@@ -55,7 +55,7 @@ def batched_jacobian(model, X, *, out=None, method=None):
     skip the check, but not if the model decides by values, and a result as ``out`` to
     write into. The model and ``X`` stay as they are; backward hooks do not run, and
     forward hooks more than once. Raises ``ValueError`` if an argument or ``model(X)``
-    is not as above.
+    is not as above, or samples alone have other outputs than ``method`` needs.
     """
     params = trainable(model)
     if method not in (None, *METHODS):

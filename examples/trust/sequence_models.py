@@ -272,11 +272,11 @@ class UnrolledGRU(nn.GRU):
         h = X.new_zeros(len(X), self.hidden_size) if state is None else state[0]
         outputs = []
         for x in X.unbind(1):
-            of_x = F.linear(x, self.weight_ih_l0, self.bias_ih_l0).chunk(3, dim=1)
-            of_h = F.linear(h, self.weight_hh_l0, self.bias_hh_l0).chunk(3, dim=1)
-            r, z = (of_x[k].add(of_h[k]).sigmoid() for k in range(2))
-            n = (of_x[2] + r * of_h[2]).tanh()
-            h = (1 - z) * n + z * h
+            of_x = F.linear(x, self.weight_ih_l0, self.bias_ih_l0)
+            of_h = F.linear(h, self.weight_hh_l0, self.bias_hh_l0)
+            (r_x, z_x, n_x), (r_h, z_h, n_h) = of_x.chunk(3, 1), of_h.chunk(3, 1)
+            r, z = (r_x + r_h).sigmoid(), (z_x + z_h).sigmoid()
+            h = (1 - z) * (n_x + r * n_h).tanh() + z * h
             outputs.append(h)
         return torch.stack(outputs, 1), h[None]
 

@@ -7,6 +7,8 @@ your network most, and you know how much better than chance that is, and when it
 """
 
 # fold: Imports
+import warnings
+from contextlib import contextmanager
 from functools import cache
 from itertools import combinations
 
@@ -64,6 +66,31 @@ def vmap_jacrev(model, X):
     return vmap(jacrev(f), (None, 0))(params, X)
 
 
+@contextmanager
+def unchanged(model):
+    """Ignore warnings, and put back what a call of the model changes."""
+    values = [v for m in model.modules() for v in (vars(m), *vars(m).values())]
+    containers = [(v, v.copy()) for v in values if isinstance(v, (dict, list, set))]
+    tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            # A reentrant checkpoint would hide its parameters from the gradient.
+            warnings.filterwarnings("error", "None of the inputs have requires_grad")
+            for module in model.modules():
+                module._backward_hooks.clear()  # they could change the gradient
+                module._backward_pre_hooks.clear()
+                if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                    module.sparse = False  # vmap takes no sparse gradient
+            yield
+    finally:
+        for now, before in containers:
+            now.clear()
+            (now.extend if isinstance(now, list) else now.update)(before)
+        for now, before in tensors:
+            if not torch.equal(now, before):
+                now.data.copy_(before)
+
+
 # %%
 # The larger the trace of the matrix, the more a label can tell. It is small where the
 # network has learned the label already.
@@ -71,8 +98,10 @@ def vmap_jacrev(model, X):
 
 def fisher_rows(model, X):
     """Return rows ``[N, C, P]``: ``rows[n].T @ rows[n]`` is the Fisher matrix of n."""
-    rows = torch.cat([block.flatten(2) for block in vmap_jacrev(model, X).values()], 2)
-    p = model(X).detach().softmax(1)[..., None]
+    with unchanged(model):
+        J = vmap_jacrev(model, X)
+        p = model(X).detach().softmax(1)[..., None]
+    rows = torch.cat([block.flatten(2) for block in J.values()], 2)
     return p.sqrt() * (rows - (p * rows).sum(1, keepdim=True))
 
 

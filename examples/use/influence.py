@@ -4,13 +4,14 @@ Influence of training samples
 
 After this page you can say how the test loss would change had a trained classifier
 never seen one of its training samples, for all samples at once and without training
-again.
-You find the samples that help or harm an answer, with the whole Jacobian or with a
-random projection of it.
+again. You find the samples that help or harm an answer, with the whole Jacobian or with
+a random projection of it.
 """
 
 # fold: Imports
 import copy
+import warnings
+from contextlib import contextmanager
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -57,6 +58,31 @@ def vmap_jacrev(model, X):
         return functional_call(model, params, x[None])[0]
 
     return vmap(jacrev(f), (None, 0))(params, X)
+
+
+@contextmanager
+def unchanged(model):
+    """Ignore warnings, and put back what a call of the model changes."""
+    values = [v for m in model.modules() for v in (vars(m), *vars(m).values())]
+    containers = [(v, v.copy()) for v in values if isinstance(v, (dict, list, set))]
+    tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            # A reentrant checkpoint would hide its parameters from the gradient.
+            warnings.filterwarnings("error", "None of the inputs have requires_grad")
+            for module in model.modules():
+                module._backward_hooks.clear()  # they could change the gradient
+                module._backward_pre_hooks.clear()
+                if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                    module.sparse = False  # vmap takes no sparse gradient
+            yield
+    finally:
+        for now, before in containers:
+            now.clear()
+            (now.extend if isinstance(now, list) else now.update)(before)
+        for now, before in tensors:
+            if not torch.equal(now, before):
+                now.data.copy_(before)
 
 
 def optimum(model, X, y, decay, steps=500):
@@ -180,14 +206,16 @@ def influence(model, X, y, X_test, y_test, decay):
     the Jacobian and a matrix ``[P, P]``. Raises ``ValueError`` if the model is not at
     its optimum, or labels have another shape.
     """
-    theta = torch.cat([p.detach().flatten() for p in trained(model)])
-    slope, pull = len(X) * gradient(model, X, y) + decay * theta, decay * theta.norm()
-    if not slope.norm() < 0.1 * pull:
-        off = f"a gradient of {slope.norm():.2g}, above 10 % of the decay's {pull:.2g}"
-        raise ValueError(f"the model is not at its optimum: {off}. Call optimum(...)")
-    e, L = derivatives(model(X).double(), y)
-    steps = steps_without(flat(vmap_jacrev(model, X)).double(), L, e, decay)
-    return steps @ gradient(model, X_test, y_test).double()
+    with unchanged(model):
+        theta = torch.cat([p.detach().flatten() for p in trained(model)])
+        slope = len(X) * gradient(model, X, y) + decay * theta
+        pull = decay * theta.norm()
+        if not slope.norm() < 0.1 * pull:
+            off = f"a gradient of {slope.norm():.2g}, of the decay {pull:.2g}"
+            raise ValueError(f"model not at its optimum: {off}. Call optimum(...)")
+        e, L = derivatives(model(X).double(), y)
+        steps = steps_without(flat(vmap_jacrev(model, X)).double(), L, e, decay)
+        return steps @ gradient(model, X_test, y_test).double()
 
 
 scores = influence(model, X, y, X_test, y_test, decay)

@@ -9,6 +9,8 @@ privacy that buys and how much accuracy it costs. You also see two ways to get i
 
 # fold: Imports
 import math
+import warnings
+from contextlib import contextmanager
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -76,6 +78,36 @@ print(f"to {g.norm(dim=1).max():.2f}, clipped to {clipped.norm(dim=1).max():.2f}
 # and no gradient of a single sample is ever stored. This function is for stacks of
 # linear layers.
 
+# fold: unchanged, which puts back what a call of the model changes
+
+
+@contextmanager
+def unchanged(model):
+    """Ignore warnings, and put back what a call of the model changes."""
+    values = [v for m in model.modules() for v in (vars(m), *vars(m).values())]
+    containers = [(v, v.copy()) for v in values if isinstance(v, (dict, list, set))]
+    tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            # A reentrant checkpoint would hide its parameters from the gradient.
+            warnings.filterwarnings("error", "None of the inputs have requires_grad")
+            for module in model.modules():
+                module._backward_hooks.clear()  # they could change the gradient
+                module._backward_pre_hooks.clear()
+                if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                    module.sparse = False  # vmap takes no sparse gradient
+            yield
+    finally:
+        for now, before in containers:
+            now.clear()
+            (now.extend if isinstance(now, list) else now.update)(before)
+        for now, before in tensors:
+            if not torch.equal(now, before):
+                now.data.copy_(before)
+
+
+# %%
+
 
 def clipped_gradient(model, X, y, bound):
     """Return the sum of clipped gradients, a list like the parameters, and norms [N].
@@ -83,26 +115,31 @@ def clipped_gradient(model, X, y, bound):
     The model is an ``nn.Sequential`` of ``nn.Linear`` with all parameters trained, each
     used once, and of layers without parameters that treat each sample alone.
     """
-    fs, calls, params = X, [], []
-    for layer in model:
-        a, fs = fs, layer(fs)
-        if isinstance(layer, nn.Linear):
-            calls.append((layer, a.detach(), fs))
-        elif any(True for _ in layer.parameters()):
-            raise TypeError(f"no rule for {layer}: take clipped_in_chunks")
-        params += layer.parameters()
-    if any(a.ndim != 2 for _, a, _ in calls) or len(set(params)) < len(params):
-        raise ValueError("a layer's input is not [N, I], or layers share a parameter")
-    losses = cross_entropy(fs, y, reduction="none")
-    outputs = [output for *_, output in calls]
-    deltas = autograd.grad(losses.sum(), outputs, retain_graph=True)
-    squares = 0
-    for (layer, a, _), delta in zip(calls, deltas):
-        ones = 0 if layer.bias is None else 1
-        squares = squares + (a.square().sum(1) + ones) * delta.square().sum(1)
-    weights = 1 / (squares.sqrt() / bound).clamp(min=1)
-    return autograd.grad(losses @ weights, params), squares.sqrt()
+    if not bound > 0:
+        raise ValueError(f"{bound=} must be positive")
+    with unchanged(model):
+        fs, calls, params = X, [], []
+        for layer in model:
+            a, fs = fs, layer(fs)
+            if isinstance(layer, nn.Linear):
+                calls.append((layer, a.detach(), fs))
+            elif any(True for _ in layer.parameters()):
+                raise TypeError(f"no rule for {layer}: take clipped_in_chunks")
+            params += layer.parameters()
+        if any(a.ndim != 2 for _, a, _ in calls) or len(set(params)) < len(params):
+            raise ValueError("an input is not [N, I], or layers share a parameter")
+        losses = cross_entropy(fs, y, reduction="none")
+        outputs = [output for *_, output in calls]
+        deltas = autograd.grad(losses.sum(), outputs, retain_graph=True)
+        squares = 0
+        for (layer, a, _), delta in zip(calls, deltas):
+            ones = 0 if layer.bias is None else 1
+            squares = squares + (a.square().sum(1) + ones) * delta.square().sum(1)
+        weights = 1 / (squares.sqrt() / bound).clamp(min=1)
+        return autograd.grad(losses @ weights, params), squares.sqrt()
 
+
+# %%
 
 total, norms = clipped_gradient(model, X, y, bound)
 assert_close(norms, g.norm(dim=1))
@@ -123,9 +160,13 @@ def clipped_in_chunks(model, X, y, bound, samples):
     """Return the sum of clipped gradients, a list like the parameters, and norms [N].
 
     Of those that require a gradient. Holds the gradients of ``samples`` at a time, and
-    draws other random numbers for each. Raises what ``vmap`` raises.
+    draws other random numbers for each. Raises ``ValueError`` if a number is not
+    positive or nothing is trained, and what ``vmap`` raises.
     """
     params = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+    if not (params and bound > 0 and samples > 0):
+        got = f"{len(params)} trained parameters, {bound=} and {samples=}"
+        raise ValueError(f"{got}: all must be positive")
 
     def loss(params, x, label):  # of one sample
         return cross_entropy(functional_call(model, params, x[None])[0], label)
@@ -133,14 +174,15 @@ def clipped_in_chunks(model, X, y, bound, samples):
     gradients = vmap(grad(loss), (None, 0, 0), randomness="different")
     total = {name: torch.zeros_like(p) for name, p in params.items()}
     norms = next(iter(params.values())).new_zeros(len(X))
-    for start in range(0, len(X), samples):
-        part = slice(start, start + samples)
-        rows = gradients(params, X[part], y[part])
-        squares = sum(row.flatten(1).square().sum(1) for row in rows.values())
-        norms[part] = squares.sqrt()
-        weights = 1 / (norms[part] / bound).clamp(min=1)
-        for name, row in rows.items():
-            total[name] += torch.tensordot(weights, row, 1)
+    with unchanged(model):
+        for start in range(0, len(X), samples):
+            part = slice(start, start + samples)
+            rows = gradients(params, X[part], y[part])
+            squares = sum(row.flatten(1).square().sum(1) for row in rows.values())
+            norms[part] = squares.sqrt()
+            weights = 1 / (norms[part] / bound).clamp(min=1)
+            for name, row in rows.items():
+                total[name] += torch.tensordot(weights, row, 1)
     return list(total.values()), norms
 
 
@@ -339,7 +381,7 @@ plt.show()
 # - ``clipped_gradient`` needs ``N * (I + O)`` numbers per layer and two backward
 #   passes, whatever ``C`` is.
 # - ``clipped_in_chunks`` needs ``samples * P`` numbers, and those that the layers
-#   return for so many samples. Start with 8, and time it with 16.
+#   return for so many samples. With fewer it takes longer: time some.
 # - `Opacus <https://opacus.ai>`_ has rules for many layers; its default
 #   ``loss_reduction="mean"`` multiplies with ``N``.
 #
