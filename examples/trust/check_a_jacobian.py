@@ -546,7 +546,7 @@ def autograd_loop(model, X):
 
 
 # %%
-# One cell for each.
+# The first three, one cell each.
 
 words = torch.randint(4, (16, 3))
 embedding = nn.Embedding(4, 5, padding_idx=0)
